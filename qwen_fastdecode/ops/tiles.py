@@ -1,0 +1,81 @@
+"""The tile table: which tile of the state a GPU works on. The data are `tiles.toml` and the user's own tuning."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Tile(NamedTuple):
+    """block_v columns of a value head's [DK, DV] state at a time, by num_warps warps."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
+    """The tile for `work` = sequences x key heads on a device: the user's tuned one, else the shipped one.
+
+    An architecture that the table does not know uses the rows of the closest older one of its kind.
+    """
+    rows = _tuned().get(device_name) or _shipped().get(_known(arch))
+    for row in rows:
+        if work <= row["max_work"]:
+            return fit(Tile(row["block_v"], row["num_warps"], row["num_stages"]), DV)
+    return fit(Tile(row["block_v"], row["num_warps"], row["num_stages"]), DV)
+
+
+def fit(tile: Tile, DV: int) -> Tile:
+    """The same tile, no wider than a head."""
+    return tile._replace(block_v=min(tile.block_v, power_of_two(DV)))
+
+
+def candidates(DV: int) -> list[Tile]:
+    """Tiles worth measuring for value heads of DV columns."""
+    widths = sorted({min(width, power_of_two(DV)) for width in (32, 64, 128)})
+    return [Tile(width, warps) for width in widths for warps in (1, 2, 4, 8, 16)]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n, and >= 16: a shorter block leaves most of a warp idle."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def cache_file() -> Path:
+    """Where `qwen-fastdecode tune` keeps what it measured."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qwen_fastdecode" / "tiles.json"
+
+
+def _known(arch: str) -> str:
+    table = _shipped()
+    if arch in table:
+        return arch
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int(arch.removeprefix("sm_"))
+    return max((a for a in table if a.startswith("sm_") and int(a[3:]) <= number), default="sm_80", key=lambda a: int(a[3:]))
+
+
+@functools.cache
+def _shipped() -> dict[str, list[dict[str, Any]]]:
+    table: dict[str, list[dict[str, Any]]] = {}
+    for row in tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"]:
+        table.setdefault(row["arch"], []).append(row)
+    return table
+
+
+@functools.cache
+def _tuned() -> dict[str, list[dict[str, Any]]]:
+    path = cache_file()
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,244 @@
+"""Launches the Triton kernels of `triton_kernel`: one launch a decode step, with as little Python as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tiles
+from .spec import DecodeShapes
+from .tiles import Tile
+from .triton_kernel import decode_token, decode_tokens
+
+INTERPRETED = not isinstance(decode_token, triton.JITFunction)  # TRITON_INTERPRET=1: runs on the CPU, for tests
+PROGRAMS_PER_SM = 32  # a few waves; past them, a program takes several items
+INTERPRETED_PROGRAMS = 8  # few, so that the interpreter takes several items too
+MAX_PREPARED = 4096  # launches kept; a server sees some hundreds (batch sizes x alignments)
+
+
+class Layout(NamedTuple):
+    """What a kernel is compiled for: sizes, the strides that a model fixes, the head range, the tile."""
+
+    HK: int
+    R: int
+    DK: int
+    DV: int
+    W: int
+    first: int  # value heads [first, first + count)
+    count: int
+    key_heads: int  # how many key heads these value heads read
+    q_head: int  # strides of a key head and of a value head within it
+    k_head: int
+    v_head: int
+    v_value: int
+    z_head: int
+    z_value: int
+    b_head: int
+    b_value: int
+    a_head: int
+    a_value: int
+    tap_stride: int  # of conv_state
+    weight_channel: int  # strides of conv_weight
+    weight_tap: int
+    state_head: int  # stride of recurrent_state
+    packed_taps: bool  # a channel's four 16-bit taps are one aligned 64-bit word
+    packed_weight: bool
+    scale: float  # DK ** -0.5
+    eps: float
+    silu: bool
+    BLOCK_K: int
+    BLOCK_V: int
+    TILES: int  # tiles of BLOCK_V columns in a value head
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why this backend cannot run on a device; None if it can."""
+    if INTERPRETED:
+        return None if device.type == "cpu" else "Triton runs in its interpreter (TRITON_INTERPRET=1), on the CPU only"
+    if device.type != "cuda":
+        return f"Triton needs a CUDA or ROCm device, not {device.type!r}"
+    return None
+
+
+def decode_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    heads: tuple[int, int],
+    tile: Tile | None = None,
+) -> Tensor:
+    """Same arguments and result as `gated_delta_decode`; computes in float32. `tile` overrides the tile table.
+
+    The first call for a kind of arguments compiles, so make it before capturing a CUDA graph. Raises ValueError for
+    float64 arguments, and for a tile narrower than a value head when a sequence may have several tokens.
+    """
+    tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
+    pointers = [x.data_ptr() for x in tensors]
+    device = v.device
+    key = (
+        device.index,
+        heads,
+        eps,
+        gate,
+        tile,
+        v.shape,
+        q.shape[2],
+        conv_state.shape,
+        None if cu_seqlens is None else cu_seqlens.dtype,
+        *[x.stride() for x in tensors],
+        *[x.dtype for x in tensors],
+        *[p & 15 for p in pointers],
+    )
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _remember(key, _prepare(tensors, eps, gate, cu_seqlens, heads, tile))
+    out = torch.empty((v.shape[0], heads[1] * v.shape[3]), dtype=v.dtype, device=device)
+    prepared(tensors, pointers, cu_seqlens, out)
+    return out
+
+
+_Prepared = Callable[[tuple[Tensor, ...], list[int], "Tensor | None", Tensor], None]
+_prepared: dict[tuple[Any, ...], _Prepared] = {}
+
+
+def _remember(key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
+    if len(_prepared) >= MAX_PREPARED:
+        _prepared.clear()
+    _prepared[key] = prepared
+    return prepared
+
+
+def _prepare(
+    tensors: tuple[Tensor, ...],
+    eps: float,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    heads: tuple[int, int],
+    tile: Tile | None,
+) -> _Prepared:
+    """Compiles the kernel for one kind of arguments; returns what launches it."""
+    q, v, conv_state = tensors[0], tensors[2], tensors[6]
+    device = v.device
+    if any(x.dtype == torch.float64 for x in tensors):
+        raise ValueError("the Triton backend computes in float32: got a float64 argument, use the torch backend")
+    s = DecodeShapes.of(q, v, conv_state)
+    one_token = cu_seqlens is None and s.N == s.B
+    key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
+    items = s.B * key_heads
+    tile = tile or _tile(device, items, s.DV, one_token)
+    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile)
+    if not one_token and layout.TILES > 1:
+        raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
+    kernel = decode_token if one_token else decode_tokens
+    numbers = _numbers(s, tensors, items)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    grid = (min(items, _max_programs(device)), 1, 1)
+    if INTERPRETED:
+        return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
+    with torch.cuda.device(device):
+        out = v.new_empty(0)
+        compiled = kernel.warmup(*tensors, cu_seqlens, out, *numbers, layout, grid=grid, **options)
+        run = compiled[grid]
+
+    def launch(_: tuple[Tensor, ...], pointers: list[int], cu_seqlens: Tensor | None, out: Tensor) -> None:
+        # Addresses rather than tensors: Triton's launcher would ask each tensor for its own again.
+        if torch.cuda.current_device() == device.index:
+            run(*pointers, cu_seqlens, out.data_ptr(), *numbers, layout)
+        else:
+            with torch.cuda.device(device):
+                run(*pointers, cu_seqlens, out.data_ptr(), *numbers, layout)
+
+    return launch
+
+
+def _layout(
+    s: DecodeShapes,
+    tensors: tuple[Tensor, ...],
+    eps: float,
+    gate: str,
+    heads: tuple[int, int],
+    key_heads: int,
+    tile: Tile,
+) -> Layout:
+    q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, *_ = tensors
+    return Layout(
+        HK=s.HK,
+        R=s.R,
+        DK=s.DK,
+        DV=s.DV,
+        W=s.W,
+        first=heads[0],
+        count=heads[1],
+        key_heads=key_heads,
+        q_head=q.stride(1),
+        k_head=k.stride(1),
+        v_head=v.stride(1),
+        v_value=v.stride(2),
+        z_head=z.stride(1),
+        z_value=z.stride(2),
+        b_head=b.stride(1),
+        b_value=b.stride(2),
+        a_head=a.stride(1),
+        a_value=a.stride(2),
+        tap_stride=conv_state.stride(2),
+        weight_channel=conv_weight.stride(0),
+        weight_tap=conv_weight.stride(1),
+        state_head=recurrent_state.stride(1),
+        packed_taps=_packed(conv_state),
+        packed_weight=_packed(conv_weight),
+        scale=s.DK**-0.5,
+        eps=eps,
+        silu=gate == "silu",
+        BLOCK_K=tiles.power_of_two(s.DK),
+        BLOCK_V=tile.block_v,
+        TILES=tiles.power_of_two(s.DV) // tile.block_v,
+    )
+
+
+def _packed(taps: Tensor) -> bool:
+    """Whether each channel's taps ([..., channels, W]) are one aligned 64-bit word."""
+    *outer, channel, tap = taps.stride()
+    words = taps.element_size() == 2 and taps.shape[-1] == 4 and (channel, tap) == (4, 1)
+    return words and taps.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in outer)
+
+
+def _numbers(s: DecodeShapes, tensors: tuple[Tensor, ...], items: int) -> tuple[int, ...]:
+    """The kernel's runtime integers: sizes of the work, strides between tokens and between sequences."""
+    conv_state, recurrent_state = tensors[6], tensors[7]
+    strides = [x.stride(0) for x in tensors[:6]]
+    return (items, s.N // s.B, *strides, conv_state.stride(0), conv_state.stride(1), recurrent_state.stride(0))
+
+
+def _max_programs(device: torch.device) -> int:
+    if INTERPRETED:
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tile(device: torch.device, work: int, DV: int, one_token: bool) -> Tile:
+    if INTERPRETED:
+        tile = Tile(64, 4)
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        hip = torch.version.hip is not None
+        arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+        tile = tiles.lookup(arch, properties.name, work, DV)
+    tile = tiles.fit(tile, DV)
+    return tile if one_token else Tile(tiles.power_of_two(DV), max(tile.num_warps, 8))
