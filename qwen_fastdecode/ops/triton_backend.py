@@ -53,6 +53,7 @@ class Layout(NamedTuple):
     BLOCK_K: int
     BLOCK_V: int
     TILES: int  # tiles of BLOCK_V columns in a value head
+    prefetch: bool  # load the next tile of the state while the current one is finished
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -209,6 +210,7 @@ def _layout(
         BLOCK_K=tiles.power_of_two(s.DK),
         BLOCK_V=tile.block_v,
         TILES=tiles.power_of_two(s.DV) // tile.block_v,
+        prefetch=tile.num_stages > 1,
     )
 
 

@@ -106,11 +106,18 @@ def _convolve(x0, x1, x2, x3, w0, w1, w2, w3, W: tl.constexpr):
 
 
 @triton.jit
-def _convolve_token(pointer, taps, conv_weight, channel, conv_channel, mask, L: tl.constexpr):
-    """One new token through the convolution; returns it and the four newest inputs, the new one first."""
+def _convolve_token(x0, taps, conv_weight, channel, conv_channel, mask, L: tl.constexpr):
+    """silu of the convolution of one new token x0, and the four newest inputs, x0 first."""
     x1, x2, x3, _ = _load_taps(taps, channel, conv_channel, L.tap_stride, L.packed_taps, mask, L.W)
     w0, w1, w2, w3 = _load_weight(conv_weight, channel, mask, L)
-    x0 = _load(pointer, mask)
+    return _convolve(x0, x1, x2, x3, w0, w1, w2, w3, L.W), x0, x1, x2, x3
+
+
+@triton.jit
+def _convolve_token(x0, taps, conv_weight, channel, conv_channel, mask, L: tl.constexpr):
+    """silu of the convolution of one new token x0, and the four newest inputs, x0 first."""
+    x1, x2, x3, _ = _load_taps(taps, channel, conv_channel, L.tap_stride, L.packed_taps, mask, L.W)
+    w0, w1, w2, w3 = _load_weight(conv_weight, channel, mask, L)
     return _convolve(x0, x1, x2, x3, w0, w1, w2, w3, L.W), x0, x1, x2, x3
 
 
@@ -118,6 +125,26 @@ def _convolve_token(pointer, taps, conv_weight, channel, conv_channel, mask, L: 
 def _normalise(x):
     """x / |x|, the epsilon inside the square root as Transformers has it."""
     return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit
+def _load_qk(q, k, which, cell, mask):
+    """q and k of one token and head as a block [2, DK]; `which` is 0 on q's row and 1 on k's."""
+    q_mask = which == 0
+    k_mask = which == 1
+    if mask is not None:
+        q_mask = q_mask & mask
+        k_mask = k_mask & mask
+    return _load(q + cell, q_mask) + _load(k + cell, k_mask)
+
+
+@triton.jit
+def _unit_qk(qk, which, scale):
+    """[2, DK] -> q / |q| * scale, k / |k| (the epsilon inside the root, as in Transformers), each [DK], and q.k."""
+    qk *= tl.rsqrt(tl.sum(qk * qk, 1) + 1e-6)[:, None]
+    q = tl.sum(tl.where(which == 0, qk, 0.0), 0) * scale
+    k = tl.sum(tl.where(which == 1, qk, 0.0), 0)
+    return q, k, tl.sum(q * k, 0)
 
 
 @triton.jit
@@ -140,6 +167,25 @@ def _delta_rule(S, q, k, v, dot, beta, decay):
     r = tl.sum(S * q[:, None], 0)
     delta = beta * (v - decay * p)
     return decay * S + k[:, None] * delta[None, :], decay * r + dot * delta
+
+
+@triton.jit
+def _state_mask(rows, columns, L: tl.constexpr):
+    if L.BLOCK_K > L.DK or L.TILES * L.BLOCK_V > L.DV:
+        mask = (rows < L.DK)[:, None] & (columns < L.DV)[None, :]
+    else:
+        mask = None
+    return mask
+
+
+@triton.jit
+def _load_state(pointer, rows, columns, L: tl.constexpr):
+    return _load(pointer, _state_mask(rows, columns, L))
+
+
+@triton.jit
+def _store_state(pointer, S, rows, columns, L: tl.constexpr):
+    tl.store(pointer, S.to(pointer.dtype.element_ty), mask=_state_mask(rows, columns, L))
 
 
 @triton.jit
@@ -187,70 +233,87 @@ def decode_token(
 
     The state of a value head is walked in tiles [DK, BLOCK_V]; o waits in registers until its norm is known.
     """
+    which = tl.arange(0, 2)[:, None]
     rows = tl.arange(0, L.BLOCK_K)
     columns = tl.arange(0, L.BLOCK_V)
     tiles = tl.arange(0, L.TILES)
-    row_mask = rows < L.DK if L.BLOCK_K > L.DK else None
+    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K])
+    head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
+    qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
+    head_mask = head_column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
+    S_cell = (rows * L.DV)[:, None] + columns[None, :]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
         hk = L.first // L.R + item % L.key_heads
+        begin = tl.maximum(L.first - hk * L.R, 0) if L.first % L.R else 0  # value heads of this key head in range
+        end = tl.minimum(L.first + L.count - hk * L.R, L.R) if (L.first + L.count) % L.R else L.R
+        S_head = state + i * state_sequence + hk * (L.R * L.state_head)
+        if L.prefetch:
+            S = _load_state(S_head + begin * L.state_head + S_cell, rows, columns, L)
+
         taps = conv_state + i * conv_sequence
-        q_channel = hk * L.DK + rows
-        k_channel = L.HK * L.DK + q_channel
-
-        q_conv, q0, q1, q2, q3 = _convolve_token(
-            q + i * q_token + hk * L.q_head + rows, taps, conv_weight, q_channel, conv_channel, row_mask, L
+        qk_channel = (which * L.HK + hk) * L.DK + cell
+        qk_conv, qk0, qk1, qk2, qk3 = _convolve_token(
+            _load_qk(q + i * q_token + hk * L.q_head, k + i * k_token + hk * L.k_head, which, cell, qk_mask),
+            taps,
+            conv_weight,
+            qk_channel,
+            conv_channel,
+            qk_mask,
+            L,
         )
-        k_conv, k0, k1, k2, k3 = _convolve_token(
-            k + i * k_token + hk * L.k_head + rows, taps, conv_weight, k_channel, conv_channel, row_mask, L
-        )
-        q_unit = _normalise(q_conv) * L.scale
-        k_unit = _normalise(k_conv)
-        dot = tl.sum(q_unit * k_unit, 0)
+        q_unit, k_unit, dot = _unit_qk(qk_conv, which, L.scale)
 
-        for hv in range(tl.maximum(hk * L.R, L.first), tl.minimum(hk * L.R + L.R, L.first + L.count)):
-            r = hv - hk * L.R
+        o = tl.full([L.TILES, L.BLOCK_V], 0.0, tl.float32)
+        for step in range(begin * L.TILES, end * L.TILES):
+            r = step // L.TILES
+            tile = step % L.TILES
+            hv = hk * L.R + r
+            column = tile * L.BLOCK_V + columns
+            column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
+            S_pointer = S_head + (r * L.state_head + tile * L.BLOCK_V) + S_cell
+            if not L.prefetch:
+                S = _load_state(S_pointer, rows, column, L)
             beta, decay = _gates(
                 tl.load(b + i * b_token + hk * L.b_head + r * L.b_value).to(tl.float32),
                 tl.load(a + i * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
                 tl.load(A_log + hv).to(tl.float32),
                 tl.load(dt_bias + hv).to(tl.float32),
             )
-            o = tl.full([L.TILES, L.BLOCK_V], 0.0, tl.float32)
-            for tile in range(L.TILES):
-                column = tile * L.BLOCK_V + columns
-                column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-                mask = None
-                if row_mask is not None or column_mask is not None:
-                    mask = (rows < L.DK)[:, None] & (column < L.DV)[None, :]
-                S_pointer = state + i * state_sequence + hv * L.state_head
-                S_pointer = S_pointer + (rows * L.DV)[:, None] + column[None, :]
-                S = _load(S_pointer, mask)
+            v_channel = 2 * L.HK * L.DK + hv * L.DV + column
+            v_conv, v0, v1, v2, v3 = _convolve_token(
+                _load(v + i * v_token + hk * L.v_head + r * L.v_value + column, column_mask),
+                taps,
+                conv_weight,
+                v_channel,
+                conv_channel,
+                column_mask,
+                L,
+            )
+            S, o_tile = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
+            _store_state(S_pointer, S, rows, column, L)
+            if L.prefetch:
+                if step + 1 < end * L.TILES:
+                    r_next = (step + 1) // L.TILES
+                    tile_next = (step + 1) % L.TILES * L.BLOCK_V
+                    S = _load_state(
+                        S_head + (r_next * L.state_head + tile_next) + S_cell, rows, tile_next + columns, L
+                    )
+            # A 1-D block is held by several threads at once: none may shift the taps before all have read them.
+            tl.debug_barrier()
+            _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
 
-                v_channel = 2 * L.HK * L.DK + hv * L.DV + column
-                v_pointer = v + i * v_token + hk * L.v_head + r * L.v_value + column
-                v_conv, v0, v1, v2, v3 = _convolve_token(
-                    v_pointer, taps, conv_weight, v_channel, conv_channel, column_mask, L
-                )
-                S, o_tile = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
-                tl.store(S_pointer, S.to(state.dtype.element_ty), mask=mask)
-                # A 1-D block is held by several threads at once: none may shift the taps before all have read them.
-                tl.debug_barrier()
-                _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
-                o = tl.where((tiles == tile)[:, None], o_tile[None, :], o)
-
-            column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
-            mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-            gate = _load(z + i * z_token + hk * L.z_head + r * L.z_value + column, mask)
-            weight = _load(norm_weight + column, mask)
-            square_mean = tl.sum(tl.sum(o * o, 1), 0) / L.DV
-            o = _gate_norm(o, gate, weight, square_mean, L.eps, L.silu)
-            o_pointer = out + i * (L.count * L.DV) + (hv - L.first) * L.DV + column
-            tl.store(o_pointer, o.to(out.dtype.element_ty), mask=mask)
+            o = tl.where((tiles == tile)[:, None], o_tile[None, :], o)
+            if tile == L.TILES - 1:
+                gate = _load(z + i * z_token + hk * L.z_head + r * L.z_value + head_column, head_mask)
+                weight = _load(norm_weight + head_column, head_mask)
+                square_mean = tl.sum(tl.sum(o * o, 1), 0) / L.DV
+                y = _gate_norm(o, gate, weight, square_mean, L.eps, L.silu)
+                y_pointer = out + i * (L.count * L.DV) + (hv - L.first) * L.DV + head_column
+                tl.store(y_pointer, y.to(out.dtype.element_ty), mask=head_mask)
 
         tl.debug_barrier()  # as above; the value heads of this program have all used q and k
-        _store_taps(taps, q_channel, conv_channel, row_mask, q0, q1, q2, q3, L)
-        _store_taps(taps, k_channel, conv_channel, row_mask, k0, k1, k2, k3, L)
+        _store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
 
 
 @triton.jit(
@@ -290,20 +353,18 @@ def decode_tokens(
     State and taps of a value head stay in registers over its tokens, so a tile is the whole head: the norm of o is
     needed at each token. q and k are convolved again for each value head, which is cheaper than keeping them.
     """
+    which = tl.arange(0, 2)[:, None]
     rows = tl.arange(0, L.BLOCK_K)
     columns = tl.arange(0, L.BLOCK_V)
-    row_mask = rows < L.DK if L.BLOCK_K > L.DK else None
+    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K])
+    qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     column_mask = columns < L.DV if L.BLOCK_V > L.DV else None
-    mask = None
-    if row_mask is not None or column_mask is not None:
-        mask = (rows < L.DK)[:, None] & (columns < L.DV)[None, :]
     weight = _load(norm_weight + columns, column_mask)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i = tl.cast(item // L.key_heads, tl.int64)
         hk = L.first // L.R + item % L.key_heads
         taps = conv_state + i * conv_sequence
-        q_channel = hk * L.DK + rows
-        k_channel = L.HK * L.DK + q_channel
+        qk_channel = (which * L.HK + hk) * L.DK + cell
         if cu_seqlens is None:
             begin = i * tokens
             end = begin + tokens
@@ -318,18 +379,15 @@ def decode_tokens(
             r = hv - hk * L.R
             v_channel = 2 * L.HK * L.DK + hv * L.DV + columns
             S_pointer = state + i * state_sequence + hv * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
-            S = _load(S_pointer, mask)
-            q1, q2, q3, q4 = _load_taps(taps, q_channel, conv_channel, L.tap_stride, L.packed_taps, row_mask, L.W)
-            k1, k2, k3, k4 = _load_taps(taps, k_channel, conv_channel, L.tap_stride, L.packed_taps, row_mask, L.W)
+            S = _load_state(S_pointer, rows, columns, L)
+            qk1, qk2, qk3, qk4 = _load_taps(taps, qk_channel, conv_channel, L.tap_stride, L.packed_taps, qk_mask, L.W)
+            qkw0, qkw1, qkw2, qkw3 = _load_weight(conv_weight, qk_channel, qk_mask, L)
             v1, v2, v3, v4 = _load_taps(taps, v_channel, conv_channel, L.tap_stride, L.packed_taps, column_mask, L.W)
-            qw0, qw1, qw2, qw3 = _load_weight(conv_weight, q_channel, row_mask, L)
-            kw0, kw1, kw2, kw3 = _load_weight(conv_weight, k_channel, row_mask, L)
             vw0, vw1, vw2, vw3 = _load_weight(conv_weight, v_channel, column_mask, L)
             rate = tl.load(A_log + hv).to(tl.float32)
             bias = tl.load(dt_bias + hv).to(tl.float32)
             for t in range(begin, end):
-                q0 = _load(q + t * q_token + hk * L.q_head + rows, row_mask)
-                k0 = _load(k + t * k_token + hk * L.k_head + rows, row_mask)
+                qk0 = _load_qk(q + t * q_token + hk * L.q_head, k + t * k_token + hk * L.k_head, which, cell, qk_mask)
                 v0 = _load(v + t * v_token + hk * L.v_head + r * L.v_value + columns, column_mask)
                 gate = _load(z + t * z_token + hk * L.z_head + r * L.z_value + columns, column_mask)
                 beta, decay = _gates(
@@ -338,21 +396,19 @@ def decode_tokens(
                     rate,
                     bias,
                 )
-                q_unit = _normalise(_convolve(q0, q1, q2, q3, qw0, qw1, qw2, qw3, L.W)) * L.scale
-                k_unit = _normalise(_convolve(k0, k1, k2, k3, kw0, kw1, kw2, kw3, L.W))
+                qk = _convolve(qk0, qk1, qk2, qk3, qkw0, qkw1, qkw2, qkw3, L.W)
+                q_unit, k_unit, dot = _unit_qk(qk, which, L.scale)
                 v_conv = _convolve(v0, v1, v2, v3, vw0, vw1, vw2, vw3, L.W)
-                S, o = _delta_rule(S, q_unit, k_unit, v_conv, tl.sum(q_unit * k_unit, 0), beta, decay)
-                o = _gate_norm(o, gate, weight, tl.sum(o * o, 0) / L.DV, L.eps, L.silu)
-                o_pointer = out + t * (L.count * L.DV) + (hv - L.first) * L.DV + columns
-                tl.store(o_pointer, o.to(out.dtype.element_ty), mask=column_mask)
-                q1, q2, q3, q4 = q0, q1, q2, q3
-                k1, k2, k3, k4 = k0, k1, k2, k3
+                S, o = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
+                y = _gate_norm(o, gate, weight, tl.sum(o * o, 0) / L.DV, L.eps, L.silu)
+                y_pointer = out + t * (L.count * L.DV) + (hv - L.first) * L.DV + columns
+                tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)
+                qk1, qk2, qk3, qk4 = qk0, qk1, qk2, qk3
                 v1, v2, v3, v4 = v0, v1, v2, v3
 
-            tl.store(S_pointer, S.to(state.dtype.element_ty), mask=mask)
-            # A 1-D block is held by several threads at once: none may shift the taps before all have read them.
+            _store_state(S_pointer, S, rows, columns, L)
+            # A block of taps is held by several threads at once: none may shift them before all have read them.
             tl.debug_barrier()
             _store_taps(taps, v_channel, conv_channel, column_mask, v1, v2, v3, v4, L)
             if hv == last:  # the other value heads have read q's and k's taps
-                _store_taps(taps, q_channel, conv_channel, row_mask, q1, q2, q3, q4, L)
-                _store_taps(taps, k_channel, conv_channel, row_mask, k1, k2, k3, k4, L)
+                _store_taps(taps, qk_channel, conv_channel, qk_mask, qk1, qk2, qk3, qk4, L)
