@@ -1,0 +1,50 @@
+"""Which implementation of the decode step runs where."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailable
+from .torch_backend import decode_torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Backend(NamedTuple):
+    """A name, and the function that takes the arguments of `gated_delta_decode` unchecked."""
+
+    name: str
+    decode: Callable[..., Tensor]
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernel cannot run on `device`; None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (it is a dependency on Linux only)"
+    from .triton_backend import unavailable_reason
+
+    return unavailable_reason(device)
+
+
+def select_backend(name: str, device: torch.device) -> Backend:
+    """The backend called `name` on `device`; "auto" is Triton on a GPU that can run it, else PyTorch.
+
+    Raises BackendUnavailable, with the reason, when `name` cannot run there, and ValueError when there is no such name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if name == "torch" or (name == "auto" and device.type in ("cpu", "meta")):
+        return Backend("torch", decode_torch)
+    reason = triton_unavailable(device)
+    if reason is None:
+        from .triton_backend import decode_triton
+
+        return Backend("triton", decode_triton)
+    if name == "auto":
+        return Backend("torch", decode_torch)
+    raise BackendUnavailable(f"backend='triton' cannot run on {device}: {reason}. Use backend='auto' or 'torch'.")

@@ -1,0 +1,72 @@
+"""The float64 reference of one gated DeltaNet decode step. Short on purpose: it is the law for every backend.
+
+Formula: gated delta rule (Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv:2412.06464, eq. 10) with the
+causal convolution, the l2-norm of q and k, and the gated RMSNorm that Qwen3-Next puts around it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import DecodeShapes
+
+
+def decode_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    z: Tensor,
+    b: Tensor,
+    a: Tensor,
+    conv_state: Tensor,
+    recurrent_state: Tensor,
+    conv_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    heads: tuple[int, int],
+) -> Tensor:
+    """Same arguments as `gated_delta_decode`, computed in float64 one token at a time.
+
+    Both states are updated in place (rounded once, to their own dtype, at the end of each sequence); returns the
+    output as float64 [N, count * DV].
+    """
+    s = DecodeShapes.of(q, v, conv_state)
+    first, count = heads
+    value_heads = torch.arange(first, first + count, device=q.device)
+    key_heads = value_heads // s.R  # value head hv reads key head hv // R
+    channels = s.conv_channels(first, count, q.device)  # the q, k and v channels that these heads own
+    weight, rate, bias = conv_weight.double(), A_log.double().exp()[value_heads], dt_bias.double()[value_heads]
+    activation = {"silu": F.silu, "sigmoid": torch.sigmoid}[gate]
+
+    out = torch.empty(s.N, count * s.DV, dtype=torch.float64, device=q.device)
+    bounds = range(0, s.N + 1, s.N // s.B) if cu_seqlens is None else cu_seqlens.tolist()
+    for i in range(s.B):
+        taps, S = conv_state[i].double(), recurrent_state[i, value_heads].double()  # [C, W], [count, DK, DV]
+        for t in range(bounds[i], bounds[i + 1]):
+            x = torch.cat([q[t].flatten(), k[t].flatten(), v[t].flatten()]).double()  # [C]
+            taps = torch.cat([taps[:, 1:], x[:, None]], dim=1)
+            y = F.silu((taps * weight).sum(1))
+            qc, kc, vc = y.split([s.HK * s.DK, s.HK * s.DK, s.HV * s.DV])
+            qh, kh = qc.view(s.HK, s.DK), kc.view(s.HK, s.DK)
+            qh = (qh * torch.rsqrt((qh * qh).sum(-1, keepdim=True) + 1e-6) / s.DK**0.5)[key_heads]
+            kh = (kh * torch.rsqrt((kh * kh).sum(-1, keepdim=True) + 1e-6))[key_heads]
+            vh = vc.view(s.HV, s.DV)[value_heads]
+            beta = torch.sigmoid(b[t].double().flatten()[value_heads])
+            x = a[t].double().flatten()[value_heads] + bias
+            decay = torch.exp(-rate * torch.logaddexp(x, torch.zeros_like(x)))  # logaddexp(x, 0) = softplus(x)
+            S = decay[:, None, None] * S
+            delta = beta[:, None] * (vh - torch.einsum("hkv,hk->hv", S, kh))
+            S = S + kh[:, :, None] * delta[:, None, :]
+            o = torch.einsum("hkv,hk->hv", S, qh)
+            o = norm_weight.double() * o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps)
+            out[t] = (o * activation(z[t].double().reshape(s.HV, s.DV)[value_heads])).flatten()
+        conv_state[i, channels] = taps[channels].to(conv_state.dtype)
+        recurrent_state[i, value_heads] = S.to(recurrent_state.dtype)
+    return out
