@@ -1,0 +1,206 @@
+"""patch, unpatch, patched, status: look, check everything, and only then change anything."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import dispatch, install
+from .errors import LayerNotCovered, NothingToPatch, PatchError
+from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers, review
+from .ops.backends import select_backend
+from .plan import EXCLUDED, PLAN, DecodePlan, plan_of
+from .report import PatchReport, Status
+from .seams import upstream_classes
+
+_lock = threading.RLock()
+
+
+class _Everything(NamedTuple):
+    """The arguments of the `patch()` of everything that is on."""
+
+    backend: str
+    strict: bool
+
+
+_everything: _Everything | None = None
+
+
+def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> PatchReport:
+    """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
+
+    Prefill, weights and every other layer stay as they are. Patching twice changes nothing.
+
+    Args:
+        model: the model to patch, alone: others of its class stay upstream's. None: every layer of the supported
+            families in this process, those created later included.
+        backend: "auto" (Triton on a GPU that can run it, else PyTorch), "triton" or "torch".
+        strict: raise where a layer cannot be covered. False: leave it to upstream and say so in the report.
+
+    Returns:
+        A report with one entry a layer; `print` it.
+
+    Raises:
+        NothingToPatch: the model has no layer of a supported family.
+        LayerNotCovered: a layer's forward was replaced, or its parts are not the ones that were reviewed.
+        UnknownUpstream: Transformers' own code is not a version that was reviewed.
+        BackendUnavailable: `backend` cannot run on the layers' device.
+    """
+    with _lock:
+        if model is None:
+            return _patch_everything(_Everything(backend, strict))
+        layers = find_layers(model, backend)
+        _check(model, layers, backend, strict)
+        _cover(layers)
+        return PatchReport(tuple(describe(layer, everything=_everything is not None) for layer in layers))
+
+
+def unpatch(model: nn.Module | None = None) -> None:
+    """Puts back the very objects that were there: in `model`, or, with None, everywhere.
+
+    While a `patch()` of everything is on, `unpatch(model)` excludes this model from it.
+    """
+    with _lock:
+        if model is None:
+            _switch_everything(None)
+            for module, layer_class in install.touched_layers():
+                install.clear_plan(module, layer_class)
+        else:
+            for layer in find_layers(model, "auto"):
+                if layer.upstream is not None and _everything is not None:
+                    install.set_plan(layer.module, layer.upstream.layer_class, EXCLUDED)
+                elif layer.upstream is not None:
+                    install.clear_plan(layer.module, layer.upstream.layer_class)
+        _settle()
+
+
+@contextmanager
+def patched(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> Iterator[PatchReport]:
+    """`patch` for the length of a with block; what was patched before stays as it was. Yields the report."""
+    with _lock:
+        everything = _everything
+        before = {module: vars(module)[PLAN] for module, _ in install.touched_layers()}
+        report = patch(model, backend=backend, strict=strict)
+    try:
+        yield report
+    finally:
+        with _lock:
+            _switch_everything(everything)
+            scope = None if model is None else set(model.modules())
+            for module, layer_class in install.touched_layers():
+                if scope is not None and module not in scope:
+                    continue
+                if module in before:
+                    install.set_plan(module, layer_class, before[module])
+                else:
+                    install.clear_plan(module, layer_class)
+            _settle()
+
+
+def status(model: nn.Module | None = None) -> Status:
+    """How the layers of `model`, or with None all patched layers, have decoded so far."""
+    with _lock:
+        everything = _everything is not None
+        if model is not None:
+            return Status(tuple(describe(layer, everything=everything) for layer in find_layers(model, "auto")))
+        plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
+        entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
+        notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
+        return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
+
+
+def _check(model: nn.Module, layers: list[FoundLayer], backend: str, strict: bool) -> None:
+    """Raises what `patch` is to raise, before anything was changed."""
+    for device in {layer.module.A_log.device for layer in layers if isinstance(layer.plan, DecodePlan)}:
+        if device.type != "meta":
+            select_backend(backend, device)
+    if not strict:
+        return
+    problems = [(layer.name, layer.plan) for layer in layers if isinstance(layer.plan, PatchError)]
+    if len(problems) == len(layers) and all(layer.upstream is None for layer in layers):
+        others = f" ({problems[0][1]})" if problems else ""
+        raise NothingToPatch(
+            f"{type(model).__qualname__} has no gated DeltaNet layer of a supported family{others}. "
+            "Pass the model itself, with its linear_attn layers, or strict=False to accept this."
+        )
+    if problems:
+        name, error = problems[0]
+        more = f" ({len(problems)} of {len(layers)} layers have a problem)" if len(problems) > 1 else ""
+        raise type(error)(f"{name}: {error}{more}. Pass strict=False to leave such layers to upstream.") from error
+
+
+def _cover(layers: list[FoundLayer]) -> None:
+    changed = False
+    for layer in layers:
+        if isinstance(layer.plan, DecodePlan) and layer.upstream is not None:
+            changed |= plan_of(layer.module) is not layer.plan
+            install.set_plan(layer.module, layer.upstream.layer_class, layer.plan)
+    if changed:
+        install.reset_compiled()
+
+
+def _settle() -> None:
+    """After plans were taken away: classes that serve nobody and compiled graphs go back to upstream."""
+    install.release(keep_classes=_everything is not None)
+    install.reset_compiled()
+
+
+def _switch_everything(everything: _Everything | None) -> None:
+    global _everything
+    _everything = everything
+    dispatch.adopt = None if everything is None else _adopt
+
+
+def _patch_everything(everything: _Everything) -> PatchReport:
+    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=True)}
+    verdicts = {layer_class: review(upstream) for layer_class, upstream in upstreams.items()}
+    unknown = [error for error in verdicts.values() if error is not None]
+    if unknown and everything.strict:
+        raise unknown[0]
+    layers = [
+        inspect_layer(_name(module), module, upstream, verdicts[upstream.layer_class], everything.backend)
+        for module, upstream in living_layers(upstreams)
+    ]
+    problems = [layer.plan for layer in layers if isinstance(layer.plan, PatchError)]
+    if problems and everything.strict:
+        raise problems[0]
+    for layer_class, error in verdicts.items():
+        if error is None:
+            install.ensure_patched(layer_class)
+    _switch_everything(everything)
+    _cover(layers)
+    notes = ("patch() of everything is on: a layer created later is covered from its first use.",)
+    return PatchReport(
+        tuple(describe(layer, everything=True) for layer in layers), notes + tuple(str(error) for error in unknown)
+    )
+
+
+def _name(module: Any) -> str:
+    return f"{type(module).__qualname__}[{module.layer_idx}]"
+
+
+def _adopt(module: Any) -> DecodePlan | None:
+    """The plan of a layer that is used for the first time while `patch()` of everything is on."""
+    with _lock:
+        if _everything is None:
+            return None
+        upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
+        upstream = next(upstreams[base] for base in type(module).__mro__ if base in upstreams)
+        layer = inspect_layer(_name(module), module, upstream, review(upstream), _everything.backend)
+        if isinstance(layer.plan, DecodePlan):
+            install.set_plan(module, upstream.layer_class, layer.plan)
+            return layer.plan
+        if _everything.strict:
+            raise LayerNotCovered(
+                f"{layer.name}: {layer.plan}. Call patch(strict=False) to leave such layers to upstream."
+            )
+        install.set_plan(module, upstream.layer_class, EXCLUDED)
+        warnings.warn(f"{layer.name} stays with upstream: {layer.plan}", stacklevel=4)
+        return None

@@ -1,0 +1,49 @@
+"""The only place that knows Transformers' caches: where a layer's two states are, and whether they hold a past."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from .reasons import Reason
+
+
+class DecodeStates(NamedTuple):
+    """The states of one layer, to be updated in place: conv [B, C, W], recurrent [B, HV, DK, DV]."""
+
+    conv: Tensor
+    recurrent: Tensor
+
+
+def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
+    """The states of layer `layer_idx`, read anew on every call (beam search replaces both tensors), or why not.
+
+    A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`.
+    """
+    if not isinstance(cache, Cache) or not _updates_in_place(cache, layer_idx):
+        return Reason.UNKNOWN_CACHE
+    layer: Any = cache.layers[layer_idx]
+    conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
+    if isinstance(has_past, dict):  # 5.14 on: several states a layer; gated DeltaNet uses the first
+        conv, recurrent, has_past = conv[0], recurrent[0], has_past[0]
+    if not has_past or conv is None or recurrent is None:
+        return Reason.NO_PREVIOUS_STATE
+    if getattr(layer, "record_past", False):  # 5.14 on
+        return Reason.RECORDING_PAST
+    return DecodeStates(conv, recurrent)
+
+
+def _updates_in_place(cache: Cache, layer_idx: int) -> bool:
+    """Whether nobody has changed how this layer's states are stored: then writing into the tensors is an update."""
+    if layer_idx >= len(cache.layers):
+        return False
+    layer_class: Any = type(cache.layers[layer_idx])
+    return (
+        type(cache).update_conv_state is Cache.update_conv_state
+        and type(cache).update_recurrent_state is Cache.update_recurrent_state
+        and issubclass(layer_class, LinearAttentionLayer)
+        and layer_class.update_conv_state is LinearAttentionLayer.update_conv_state
+        and layer_class.update_recurrent_state is LinearAttentionLayer.update_recurrent_state
+    )

@@ -1,0 +1,65 @@
+"""The function that stands in for upstream's forward: a fast decode step where it can be one, else the original."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .caches import DecodeStates
+from .eligibility import decode_states
+from .plan import EXCLUDED, PLAN, DecodePlan
+from .reasons import Reason
+
+# While `patch()` of everything is on: makes the plan of a layer that has none yet; None if it cannot be covered.
+adopt: Callable[[Any], DecodePlan | None] | None = None
+
+
+def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A plain function to install over `original` (Dynamo would trace through a wrapper object to the original)."""
+
+    @functools.wraps(original)
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        plan = self.__dict__.get(PLAN)
+        if plan is None and adopt is not None:
+            plan = _adopt(self)
+        if plan is None or plan is EXCLUDED:
+            return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        states = decode_states(plan, self, hidden_states, cache_params, attention_mask, kwargs)
+        if isinstance(states, Reason):
+            if not torch.compiler.is_compiling():
+                plan.count_fallback(states)
+            return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        return decode_step(plan, self, hidden_states, states)
+
+    return forward
+
+
+@torch.compiler.disable
+def _adopt(layer: Any) -> DecodePlan | None:
+    return None if adopt is None else adopt(layer)
+
+
+def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: DecodeStates) -> Tensor:
+    """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; both states are updated in place.
+
+    The projections are called as modules (adapters, quantised weights and tensor parallelism live there).
+    """
+    views = plan.family.project(layer, hidden_states, plan.sizes)
+    weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
+    if torch.compiler.is_compiling():
+        out = _registered_op()(*views, *states, *weights, plan.eps, plan.gate, plan.backend)
+    else:
+        decode = plan.backend_on(hidden_states.device).decode
+        out = decode(*views, *states, *weights, eps=plan.eps, gate=plan.gate, cu_seqlens=None, heads=plan.heads)
+        plan.count_fast_step()
+    return layer.out_proj(out.unsqueeze(1))  # [B, 1, HV * DV]

@@ -1,0 +1,99 @@
+"""Whether a call of a layer's forward is a decode step that the fast path may serve, and if not, why not.
+
+Nothing here changes anything; every answer is a `Reason`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .caches import DecodeStates, read_states
+from .plan import DecodePlan
+from .reasons import Reason
+
+KILL_SWITCH = "QWEN_FASTDECODE"
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def decode_states(
+    plan: DecodePlan,
+    layer: Any,
+    hidden_states: Tensor,
+    cache: Any,
+    attention_mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> DecodeStates | Reason:
+    """The states to update if this call is a fast decode step, else why it is not; the cheapest questions first."""
+    if hidden_states.shape[1] != 1:
+        return Reason.SEVERAL_TOKENS
+    if cache is None:
+        return Reason.NO_CACHE
+    reason = _call_reason(hidden_states, attention_mask, kwargs) or _layer_reason(plan, layer, hidden_states.device)
+    if reason is not None:
+        return reason
+    states = read_states(cache, layer.layer_idx)
+    if isinstance(states, Reason):
+        return states
+    if not _states_fit(plan, states, hidden_states):
+        return Reason.UNEXPECTED_STATE
+    return states
+
+
+def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Reason | None:
+    if os.environ.get(KILL_SWITCH) == "0":
+        return Reason.SWITCHED_OFF
+    if attention_mask is not None:
+        return Reason.ATTENTION_MASK
+    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None:
+        return Reason.PACKED_SEQUENCES
+    if torch.is_grad_enabled():
+        return Reason.GRAD_ENABLED
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return Reason.AUTOCAST
+    if torch.compiler.is_exporting():
+        return Reason.EXPORTING
+    return None
+
+
+def _layer_reason(plan: DecodePlan, layer: Any, device: torch.device) -> Reason | None:
+    conv1d: Any = layer.conv1d
+    norm: Any = layer.norm
+    if type(norm) is not plan.norm_class or conv1d.bias is not None:
+        return Reason.CHANGED_LAYER
+    if _is_hooked(conv1d) or _is_hooked(norm):
+        return Reason.HOOKED_SUBMODULE
+    weights: tuple[Any, ...] = (conv1d.weight, norm.weight, layer.A_log, layer.dt_bias)
+    for weight in weights:
+        if type(weight) not in _PLAIN:
+            return Reason.WEIGHT_TYPE
+        if weight.device != device:
+            return Reason.WEIGHTS_ELSEWHERE
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: the fast path reads its weight and calls nothing.
+
+    accelerate puts a hook on every module of a dispatched model; one that only names the execution device is harmless.
+    """
+    if module._forward_pre_hooks or module._forward_hooks:
+        return True
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return "forward" in module.__dict__
+    return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+
+
+def _states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:
+    B, device = hidden_states.shape[0], hidden_states.device
+    conv, recurrent = states
+    return (
+        conv.shape == (B, *plan.conv_shape)
+        and recurrent.shape == (B, *plan.recurrent_shape)
+        and conv.device == device
+        and recurrent.device == device
+    )

@@ -1,0 +1,96 @@
+"""Finding gated DeltaNet layers, and saying of each what can be done with it. Changes nothing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from . import install
+from .errors import LayerNotCovered, PatchError
+from .families import FAMILIES
+from .ops.backends import select_backend
+from .plan import PLAN, DecodePlan, make_plan, plan_of
+from .report import LayerStatus
+from .seams import Upstream, check_reviewed, upstream_classes
+
+
+class FoundLayer(NamedTuple):
+    """A gated DeltaNet layer: upstream's class (None: of no supported family), and a plan or why there can be none."""
+
+    name: str
+    module: nn.Module
+    upstream: Upstream | None
+    plan: DecodePlan | PatchError
+
+
+def find_layers(model: nn.Module, backend: str) -> list[FoundLayer]:
+    """Every gated DeltaNet layer in `model`, with the plan that it has if that is for `backend`, else a new one."""
+    known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
+    verdicts = {layer_class: review(upstream) for layer_class, upstream in known.items()}
+    found = []
+    for name, module in model.named_modules():
+        upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
+        if upstream is not None:
+            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend))
+        elif type(module).__name__.endswith("GatedDeltaNet"):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            found.append(FoundLayer(name, module, None, LayerNotCovered(f"{kind} is of no supported family")))
+    return found
+
+
+def living_layers(upstreams: dict[type, Upstream]) -> Iterator[tuple[nn.Module, Upstream]]:
+    """Every instance of these classes in the process, in the order of their creation."""
+    for thing in gc.get_objects():
+        for base in type(thing).__mro__:  # isinstance would ask proxies for a class that they load on demand
+            if base in upstreams:
+                yield thing, upstreams[base]
+
+
+def review(upstream: Upstream) -> PatchError | None:
+    """Why upstream's code for this class is not known, None when it is."""
+    try:
+        check_reviewed(upstream, install.original_forward(upstream.layer_class))
+    except PatchError as error:
+        return error
+    return None
+
+
+def inspect_layer(
+    name: str, module: nn.Module, upstream: Upstream, verdict: PatchError | None, backend: str
+) -> FoundLayer:
+    """What can be done with one layer whose class got this verdict from `review`."""
+    if verdict is not None:
+        return FoundLayer(name, module, upstream, verdict)
+    detour = install.bypass(module, upstream.layer_class)
+    if detour is not None:
+        return FoundLayer(name, module, upstream, LayerNotCovered(detour))
+    current = plan_of(module)
+    if current is not None and current.backend == backend:
+        return FoundLayer(name, module, upstream, current)
+    plan = make_plan(module, name, FAMILIES[upstream.family], backend)
+    return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan)
+
+
+def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:
+    """The layer as it is now; `everything`: a `patch()` of everything is on."""
+    family = "unsupported" if layer.upstream is None else layer.upstream.family
+    plan = plan_of(layer.module)
+    if isinstance(layer.plan, PatchError):
+        return LayerStatus(layer.name, family, "upstream", covered=False, reason=str(layer.plan))
+    if plan is not None:
+        return describe_plan(layer.name, layer.module, plan)
+    excluded = PLAN in vars(layer.module)
+    if everything and not excluded:
+        return LayerStatus(layer.name, family, layer.plan.backend, covered=True, reason="from its first use")
+    return LayerStatus(layer.name, family, "upstream", covered=False, reason="excluded" if excluded else "not patched")
+
+
+def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus:
+    """A patched layer and what its counters say."""
+    device = module.A_log.device
+    backend = plan.backend if device.type == "meta" else select_backend(plan.backend, device).name
+    fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
+    return LayerStatus(name, plan.family.name, backend, covered=True, fast_steps=plan.fast_steps, fallbacks=fallbacks)

@@ -1,0 +1,29 @@
+"""Why a call is not a fast decode step. The texts are the keys of `status().fallbacks`."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """A call that upstream's own forward serves, by its cause."""
+
+    SWITCHED_OFF = "switched off by QWEN_FASTDECODE=0"
+    SEVERAL_TOKENS = "more than one token"
+    NO_CACHE = "no cache"
+    NO_PREVIOUS_STATE = "no previous state"
+    RECORDING_PAST = "the cache is recording past states"
+    ATTENTION_MASK = "an attention mask is given"
+    PACKED_SEQUENCES = "packed sequences (cu_seq_lens_q or seq_idx)"
+    GRAD_ENABLED = "gradients are enabled"
+    AUTOCAST = "autocast is on"
+    EXPORTING = "the model is being exported"
+    UNKNOWN_CACHE = "a cache of unknown type"
+    UNEXPECTED_STATE = "a state of unexpected shape or device"
+    WEIGHTS_ELSEWHERE = "weights are on another device than the hidden states"
+    WEIGHT_TYPE = "weights of a tensor subclass"
+    HOOKED_SUBMODULE = "hooks on conv1d or norm"
+    CHANGED_LAYER = "conv1d or norm was changed after patching"
+
+    def __str__(self) -> str:
+        return self.value

@@ -1,0 +1,68 @@
+"""What `patch` and `status` answer: one entry a layer, the counters, and a table to read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+COUNTING = "Counters count eager steps; steps inside torch.compile or replayed CUDA graphs are not counted."
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One gated DeltaNet layer: whether it decodes through the fast path, through which backend, and why not."""
+
+    name: str
+    family: str
+    backend: str
+    covered: bool
+    reason: str = ""
+    fast_steps: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of every gated DeltaNet layer that was looked at; `str()` is a table."""
+
+    layers: tuple[LayerStatus, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fast_steps(self) -> int:
+        """Layer-steps served by the fast path (each layer counts each decode step)."""
+        return sum(layer.fast_steps for layer in self.layers)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls that upstream's forward served, by reason."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.fallbacks)
+        return dict(total)
+
+    @property
+    def covered(self) -> int:
+        """How many layers are covered."""
+        return sum(layer.covered for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"qwen_fastdecode: {self.covered} of {len(self.layers)} gated DeltaNet layers covered"]
+        if self.layers:
+            rows = [("layer", "family", "backend", "fast steps", "fallbacks", "")]
+            rows += [
+                (x.name, x.family, x.backend, str(x.fast_steps), str(sum(x.fallbacks.values())), x.reason)
+                for x in self.layers
+            ]
+            widths = [max(len(row[i]) for row in rows) for i in range(5)]
+            lines += [
+                "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+                for row in rows
+            ]
+        lines += [f"fallback: {reason}: {count}" for reason, count in sorted(self.fallbacks.items())]
+        return "\n".join([*lines, *self.notes, COUNTING])
+
+
+@dataclass(frozen=True)
+class PatchReport(Status):
+    """What `patch` did."""
