@@ -16,11 +16,12 @@ else:
 
 
 class Tile(NamedTuple):
-    """block_v columns of a value head's [DK, DV] state at a time, by num_warps warps."""
+    """How a program works on the [DK, DV] state of a value head."""
 
-    block_v: int
+    block_v: int  # columns at a time, a power of two
     num_warps: int
-    num_stages: int = 1
+    num_stages: int = 1  # 2: the next tile is loaded while the current one is finished
+    max_registers: int = 0  # a thread may use so many, so that more programs fit; 0: as many as it likes
 
 
 def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
@@ -31,8 +32,8 @@ def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
     rows = _tuned().get(device_name) or _shipped().get(_known(arch))
     for row in rows:
         if work <= row["max_work"]:
-            return fit(Tile(row["block_v"], row["num_warps"], row["num_stages"]), DV)
-    return fit(Tile(row["block_v"], row["num_warps"], row["num_stages"]), DV)
+            break
+    return fit(Tile(*(row[field] for field in Tile._fields)), DV)
 
 
 def fit(tile: Tile, DV: int) -> Tile:
@@ -41,9 +42,10 @@ def fit(tile: Tile, DV: int) -> Tile:
 
 
 def candidates(DV: int) -> list[Tile]:
-    """Tiles worth measuring for value heads of DV columns."""
-    widths = sorted({min(width, power_of_two(DV)) for width in (32, 64, 128)})
-    return [Tile(width, warps) for width in widths for warps in (1, 2, 4, 8, 16)]
+    """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers."""
+    whole = power_of_two(DV)
+    shapes = [(whole, 4, 0), (whole, 8, 128), (whole, 16, 0), (whole // 2, 8, 128), (whole // 4, 4, 128), (whole // 4, 8, 96)]
+    return [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
 
 
 def power_of_two(n: int) -> int:

@@ -149,7 +149,7 @@ def _prepare(
         raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
     numbers = _numbers(s, tensors, items)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    options = _options(tile)
     grid = (min(items, _max_programs(device)), 1, 1)
     if INTERPRETED:
         return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
@@ -228,6 +228,14 @@ def _numbers(s: DecodeShapes, tensors: tuple[Tensor, ...], items: int) -> tuple[
     return (items, s.N // s.B, *strides, conv_state.stride(0), conv_state.stride(1), recurrent_state.stride(0))
 
 
+def _options(tile: Tile) -> dict[str, Any]:
+    """Triton's compile options. Stages are the kernel's own affair: Triton has no loop to pipeline here."""
+    options = {"num_warps": tile.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if tile.max_registers and torch.version.hip is None:  # a CUDA option
+        options["maxnreg"] = tile.max_registers
+    return options
+
+
 def _max_programs(device: torch.device) -> int:
     if INTERPRETED:
         return INTERPRETED_PROGRAMS
@@ -243,4 +251,4 @@ def _tile(device: torch.device, work: int, DV: int, one_token: bool) -> Tile:
         arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
         tile = tiles.lookup(arch, properties.name, work, DV)
     tile = tiles.fit(tile, DV)
-    return tile if one_token else Tile(tiles.power_of_two(DV), max(tile.num_warps, 8))
+    return tile if one_token else Tile(tiles.power_of_two(DV), max(tile.num_warps, 8), 1, 128)

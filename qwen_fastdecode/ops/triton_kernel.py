@@ -303,7 +303,7 @@ def decode_token(
             tl.debug_barrier()
             _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
 
-            o = tl.where((tiles == tile)[:, None], o_tile[None, :], o)
+            o = tl.where((tiles == tile)[:, None], o_tile[None, :], o) if L.TILES > 1 else o_tile[None, :]
             if tile == L.TILES - 1:
                 gate = _load(z + i * z_token + hk * L.z_head + r * L.z_value + head_column, head_mask)
                 weight = _load(norm_weight + head_column, head_mask)
