@@ -241,15 +241,14 @@ def decode_token(
     head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     head_mask = head_column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-    S_cell = (rows * L.DV)[:, None] + columns[None, :]
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
         hk = L.first // L.R + item % L.key_heads
         begin = tl.maximum(L.first - hk * L.R, 0) if L.first % L.R else 0  # value heads of this key head in range
         end = tl.minimum(L.first + L.count - hk * L.R, L.R) if (L.first + L.count) % L.R else L.R
-        S_head = state + i * state_sequence + hk * (L.R * L.state_head)
+        S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
         if L.prefetch:
-            S = _load_state(S_head + begin * L.state_head + S_cell, rows, columns, L)
+            S = _load_state(S_first + begin * L.state_head, rows, columns, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -262,6 +261,9 @@ def decode_token(
             qk_mask,
             L,
         )
+        # A block of taps is held by several threads at once: none may shift them before all have read them.
+        tl.debug_barrier()
+        _store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
         q_unit, k_unit, dot = _unit_qk(qk_conv, which, L.scale)
 
         o = tl.full([L.TILES, L.BLOCK_V], 0.0, tl.float32)
@@ -271,7 +273,7 @@ def decode_token(
             hv = hk * L.R + r
             column = tile * L.BLOCK_V + columns
             column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-            S_pointer = S_head + (r * L.state_head + tile * L.BLOCK_V) + S_cell
+            S_pointer = S_first + (r * L.state_head + tile * L.BLOCK_V)
             if not L.prefetch:
                 S = _load_state(S_pointer, rows, column, L)
             beta, decay = _gates(
@@ -290,19 +292,15 @@ def decode_token(
                 column_mask,
                 L,
             )
+            tl.debug_barrier()  # as above
+            _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
             S, o_tile = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
             _store_state(S_pointer, S, rows, column, L)
             if L.prefetch:
                 if step + 1 < end * L.TILES:
                     r_next = (step + 1) // L.TILES
                     tile_next = (step + 1) % L.TILES * L.BLOCK_V
-                    S = _load_state(
-                        S_head + (r_next * L.state_head + tile_next) + S_cell, rows, tile_next + columns, L
-                    )
-            # A 1-D block is held by several threads at once: none may shift the taps before all have read them.
-            tl.debug_barrier()
-            _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
-
+                    S = _load_state(S_first + (r_next * L.state_head + tile_next), rows, tile_next + columns, L)
             o = tl.where((tiles == tile)[:, None], o_tile[None, :], o) if L.TILES > 1 else o_tile[None, :]
             if tile == L.TILES - 1:
                 gate = _load(z + i * z_token + hk * L.z_head + r * L.z_value + head_column, head_mask)
@@ -311,9 +309,6 @@ def decode_token(
                 y = _gate_norm(o, gate, weight, square_mean, L.eps, L.silu)
                 y_pointer = out + i * (L.count * L.DV) + (hv - L.first) * L.DV + head_column
                 tl.store(y_pointer, y.to(out.dtype.element_ty), mask=head_mask)
-
-        tl.debug_barrier()  # as above; the value heads of this program have all used q and k
-        _store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
 
 
 @triton.jit(
