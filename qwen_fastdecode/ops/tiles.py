@@ -44,8 +44,21 @@ def fit(tile: Tile, DV: int) -> Tile:
 def candidates(DV: int) -> list[Tile]:
     """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers."""
     whole = power_of_two(DV)
-    shapes = [(whole, 4, 0), (whole, 8, 128), (whole, 16, 0), (whole // 2, 8, 128), (whole // 4, 4, 128), (whole // 4, 8, 96)]
+    shapes = [
+        (whole, 4, 0),
+        (whole, 8, 128),
+        (whole, 16, 0),
+        (whole // 2, 4, 168),
+        (whole // 2, 8, 128),
+        (whole // 4, 4, 96),
+        (whole // 4, 8, 80),
+    ]
     return [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
+
+
+def whole_head(DV: int) -> Tile:
+    """The tile for several tokens a sequence: all columns, 32 state elements of a [128, DV] head a thread."""
+    return Tile(power_of_two(DV), max(4, power_of_two(DV) // 8))
 
 
 def power_of_two(n: int) -> int:
@@ -65,8 +78,9 @@ def _known(arch: str) -> str:
         return arch
     if arch.startswith("gfx"):
         return "gfx942"
+    known = sorted((int(name[3:]), name) for name in table if name.startswith("sm_"))
     number = int(arch.removeprefix("sm_"))
-    return max((a for a in table if a.startswith("sm_") and int(a[3:]) <= number), default="sm_80", key=lambda a: int(a[3:]))
+    return max((row for row in known if row[0] <= number), default=known[0])[1]
 
 
 @functools.cache

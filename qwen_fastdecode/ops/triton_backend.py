@@ -243,12 +243,11 @@ def _max_programs(device: torch.device) -> int:
 
 
 def _tile(device: torch.device, work: int, DV: int, one_token: bool) -> Tile:
+    if not one_token:
+        return tiles.whole_head(DV)
     if INTERPRETED:
-        tile = Tile(64, 4)
-    else:
-        properties = torch.cuda.get_device_properties(device)
-        hip = torch.version.hip is not None
-        arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
-        tile = tiles.lookup(arch, properties.name, work, DV)
-    tile = tiles.fit(tile, DV)
-    return tile if one_token else Tile(tiles.power_of_two(DV), max(tile.num_warps, 8), 1, 128)
+        return tiles.fit(Tile(64, 4), DV)
+    properties = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
+    return tiles.lookup(arch, properties.name, work, DV)

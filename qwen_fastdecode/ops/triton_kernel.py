@@ -179,8 +179,14 @@ def _state_mask(rows, columns, L: tl.constexpr):
 
 
 @triton.jit
-def _load_state(pointer, rows, columns, L: tl.constexpr):
-    return _load(pointer, _state_mask(rows, columns, L))
+def _load_state(pointer, rows, columns, L: tl.constexpr, wanted):
+    """A tile [DK, BLOCK_V] in the state's dtype; nothing is read unless `wanted`."""
+    mask = _state_mask(rows, columns, L)
+    if mask is None:
+        S = tl.load(pointer, mask=wanted)
+    else:
+        S = tl.load(pointer, mask=mask & wanted, other=0.0)
+    return S
 
 
 @triton.jit
@@ -248,7 +254,7 @@ def decode_token(
         end = tl.minimum(L.first + L.count - hk * L.R, L.R) if (L.first + L.count) % L.R else L.R
         S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
         if L.prefetch:
-            S = _load_state(S_first + begin * L.state_head, rows, columns, L)
+            S_next = _load_state(S_first + begin * L.state_head, rows, columns, L, True)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -274,8 +280,7 @@ def decode_token(
             column = tile * L.BLOCK_V + columns
             column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
             S_pointer = S_first + (r * L.state_head + tile * L.BLOCK_V)
-            if not L.prefetch:
-                S = _load_state(S_pointer, rows, column, L)
+            S = S_next if L.prefetch else _load_state(S_pointer, rows, column, L, True)
             beta, decay = _gates(
                 tl.load(b + i * b_token + hk * L.b_head + r * L.b_value).to(tl.float32),
                 tl.load(a + i * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
@@ -294,13 +299,14 @@ def decode_token(
             )
             tl.debug_barrier()  # as above
             _store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
-            S, o_tile = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
+            S, o_tile = _delta_rule(S.to(tl.float32), q_unit, k_unit, v_conv, dot, beta, decay)
             _store_state(S_pointer, S, rows, column, L)
             if L.prefetch:
-                if step + 1 < end * L.TILES:
-                    r_next = (step + 1) // L.TILES
-                    tile_next = (step + 1) % L.TILES * L.BLOCK_V
-                    S = _load_state(S_first + (r_next * L.state_head + tile_next), rows, tile_next + columns, L)
+                r_next = (step + 1) // L.TILES
+                tile_next = (step + 1) % L.TILES * L.BLOCK_V
+                S_pointer = S_first + (r_next * L.state_head + tile_next)
+                S_next = _load_state(S_pointer, rows, tile_next + columns, L, step + 1 < end * L.TILES)
+
             o = tl.where((tiles == tile)[:, None], o_tile[None, :], o) if L.TILES > 1 else o_tile[None, :]
             if tile == L.TILES - 1:
                 gate = _load(z + i * z_token + hk * L.z_head + r * L.z_value + head_column, head_mask)
@@ -374,7 +380,7 @@ def decode_tokens(
             r = hv - hk * L.R
             v_channel = 2 * L.HK * L.DK + hv * L.DV + columns
             S_pointer = state + i * state_sequence + hv * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
-            S = _load_state(S_pointer, rows, columns, L)
+            S = _load_state(S_pointer, rows, columns, L, True).to(tl.float32)
             qk1, qk2, qk3, qk4 = _load_taps(taps, qk_channel, conv_channel, L.tap_stride, L.packed_taps, qk_mask, L.W)
             qkw0, qkw1, qkw2, qkw3 = _load_weight(conv_weight, qk_channel, qk_mask, L)
             v1, v2, v3, v4 = _load_taps(taps, v_channel, conv_channel, L.tap_stride, L.packed_taps, column_mask, L.W)
