@@ -1,0 +1,7 @@
+"""The same model with and without the patch: `python examples/ab_compare.py MODEL [--help]`."""
+
+import sys
+
+from qwen_fastdecode.cli import main
+
+sys.exit(main(["compare", *sys.argv[1:]]))

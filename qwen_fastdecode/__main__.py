@@ -1,0 +1,7 @@
+"""`python -m qwen_fastdecode`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,276 @@
+"""The comparison itself: the text first; then, only if it is right, the speed, in alternating runs."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import distributions, version
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import qwen_fastdecode
+
+from .generation import Batch, Clock, Run, encode, forced_logits, generate
+from .layerwise import LayerDistance, LayerwiseCheck
+from .memory import decode_step_bytes
+from .parity import GreedyAgreement, LogitsDistance, Parity, comparable_part
+from .statistics import Spread, ratio_of_medians, step_ratios
+from .upstream import UpstreamKernels, upstream_kernels
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is generated, how often, and by which backend."""
+
+    new_tokens: int = 64
+    repeat: int = 5
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a number depends on."""
+
+    model: str
+    family: str
+    backend: str
+    num_layers: int
+    gdn_layers: int
+    upstream: UpstreamKernels
+    dtype: str
+    device: str
+    threads: int  # that PyTorch uses on the CPU
+    sequences: int
+    prompt_tokens: int  # of the longest prompt; shorter ones are padded on the left
+    new_tokens: int
+    repeat: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's speed: spreads over all timed runs."""
+
+    prefill_ms: Spread
+    step_ms: Spread
+    tokens_per_second: Spread
+    peak_step_bytes: int  # of one decode step, above weights and cache
+    step_ms_of_runs: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """Who served a number of layer-steps."""
+
+    fast_steps: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Service) -> Service:
+        return Service(self.fast_steps + other.fast_steps, dict(Counter(self.fallbacks) + Counter(other.fallbacks)))
+
+    def __sub__(self, earlier: Service) -> Service:
+        fallbacks = Counter(self.fallbacks) - Counter(earlier.fallbacks)
+        return Service(self.fast_steps - earlier.fast_steps, dict(fallbacks))
+
+    @property
+    def fast_share(self) -> float:
+        return self.fast_steps / max(1, self.fast_steps + sum(self.fallbacks.values()))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Both sides; a ratio above 1 means that the patched one is faster."""
+
+    upstream: Side
+    patched: Side
+    ratios: list[float]  # one a repeat: median step of the unpatched run / of the patched run
+    step_ratios: list[float]  # one a step of each repeat
+    service: Service  # of the timed patched runs, after their prefill
+
+    @property
+    def ratio(self) -> Spread:
+        return Spread.of(self.ratios)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What both sides wrote after one prompt."""
+
+    prompt: str
+    upstream: str
+    patched: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result. `speed` is None where the text is not right: a wrong answer has no speed."""
+
+    setup: Setup
+    parity: Parity
+    speed: Speed | None
+    sample: Sample
+
+
+Timed = tuple[Run, Service]
+
+
+class Sides:
+    """One model on one batch of prompts, with and without the patch."""
+
+    def __init__(self, model: Any, batch: Batch, settings: Settings, on_run: Callable[[str], None]):
+        self.model, self.batch, self.settings = model, batch, settings
+        self._on_run = on_run
+
+    def run(self, what: str, is_patched: bool, call: Callable[[], T]) -> T:
+        """`call` on one side."""
+        self._on_run(f"{what}, {'patched' if is_patched else 'unpatched'}")
+        with qwen_fastdecode.patched(self.model, backend=self.settings.backend) if is_patched else nullcontext():
+            return call()
+
+    def both(self, what: str, call: Callable[[], T], patched_first: bool = False) -> tuple[T, T]:
+        """`call` on both sides; returns the unpatched model's result first, whichever side ran first."""
+        results = {side: self.run(what, side, call) for side in (patched_first, not patched_first)}
+        return results[False], results[True]
+
+    def generate(self) -> Run:
+        return generate(self.model, self.batch, self.settings.new_tokens)
+
+    def timed_run(self) -> Timed:
+        """Counts who served the decode steps; asking costs time on both sides, between prefill and first step."""
+        after_prefill: list[Service] = []
+        clock = Clock(after_prefill=lambda: after_prefill.append(service(self.model)))
+        run = generate(self.model, self.batch, self.settings.new_tokens, clock)
+        return run, service(self.model) - after_prefill[0]
+
+    def distances(self, tokens: Tensor, layers: Sequence[str]) -> tuple[LayerDistance, LogitsDistance]:
+        """Both sides decode `tokens` [B, new tokens], or as many of them as fit in memory; `layers` are checked."""
+        sequences, steps = tokens.shape
+        sequences, steps = comparable_part(sequences, steps, self.model.config.get_text_config().vocab_size)
+        part = {name: tensor[:sequences] for name, tensor in self.batch.items()}
+        forced = tokens[:sequences, :steps]
+        check = LayerwiseCheck(self.model, layers)
+        upstream = self.run("logits", False, lambda: forced_logits(self.model, part, forced))
+        with check.watching():
+            patched = self.run("logits", True, lambda: forced_logits(self.model, part, forced))
+        return check.distance, LogitsDistance.between(upstream, patched)
+
+    def step_bytes(self) -> int:
+        return decode_step_bytes(self.model, self.batch)
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    on_run: Callable[[str], None] = lambda what: None,
+) -> Comparison:
+    """Compares the unpatched `model` with itself, patched, on `prompts`, which are decoded as one batch.
+
+    Args:
+        model: a causal language model with gated DeltaNet layers, in eval mode, unpatched.
+        tokenizer: the model's.
+        prompts: one a sequence.
+        settings: how much is generated.
+        on_run: called before each of the at most `total_runs(settings)` `generate` calls, with what is about to run.
+
+    Raises:
+        PatchError: the model cannot be patched.
+        BadInput: a prompt has no tokens.
+    """
+    batch = encode(tokenizer, prompts, model.device)
+    sides = Sides(model, batch, settings, on_run)
+    setup, layers = describe(model, batch, settings)
+
+    upstream, patched = sides.both("greedy text", sides.generate)  # also warms both sides up
+    sample = Sample(prompts[0], tokenizer.decode(upstream.tokens[0]), tokenizer.decode(patched.tokens[0]))
+    texts = [(upstream.tokens, patched.tokens)]
+    distances = sides.distances(upstream.tokens, layers)
+    parity = Parity(setup.dtype, setup.num_layers, *distances, GreedyAgreement.between(texts))
+    if parity.failures:
+        return Comparison(setup, parity, None, sample)
+
+    memory = sides.both("memory", sides.step_bytes)
+    pairs = [sides.both(f"run {i + 1}", sides.timed_run, patched_first=i % 2 == 1) for i in range(settings.repeat)]
+    texts += [(a.tokens, b.tokens) for (a, _), (b, _) in pairs]  # what was timed must be right as well
+    parity = replace(parity, greedy=GreedyAgreement.between(texts))
+    return Comparison(setup, parity, None if parity.failures else summarise(pairs, memory), sample)
+
+
+def total_runs(settings: Settings) -> int:
+    """How many `generate` calls a comparison makes at most: on each side greedy, logits, memory and the timed ones."""
+    return 2 * (3 + settings.repeat)
+
+
+def summarise(pairs: Sequence[tuple[Timed, Timed]], memory: tuple[int, int]) -> Speed:
+    """From the timed (unpatched, patched) runs and both sides' memory."""
+    sides = [side_of([pair[i][0] for pair in pairs], memory[i]) for i in (0, 1)]
+    steps = [(a.step_ms, b.step_ms) for (a, _), (b, _) in pairs]
+    return Speed(
+        upstream=sides[0],
+        patched=sides[1],
+        ratios=[ratio_of_medians(*both) for both in steps],
+        step_ratios=[ratio for both in steps for ratio in step_ratios(*both)],
+        service=sum((served for _, (_, served) in pairs), Service()),
+    )
+
+
+def side_of(runs: Sequence[Run], peak_step_bytes: int) -> Side:
+    """One side's spreads over its timed runs."""
+    step_ms = [run.step_ms for run in runs]
+    return Side(
+        prefill_ms=Spread.of([run.prefill_ms for run in runs]),
+        step_ms=Spread.of([ms for steps in step_ms for ms in steps]),
+        tokens_per_second=Spread.of([1e3 * len(run.tokens) * len(run.step_ms) / sum(run.step_ms) for run in runs]),
+        peak_step_bytes=peak_step_bytes,
+        step_ms_of_runs=step_ms,
+    )
+
+
+def service(model: Any) -> Service:
+    """Who served `model`'s layer-steps since it was patched; nothing is counted while it is not."""
+    status = qwen_fastdecode.status(model)
+    return Service(status.fast_steps, status.fallbacks)
+
+
+def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[str]]:
+    """The setup, and the names of the layers that the patch covers. Raises PatchError where it covers none."""
+    with qwen_fastdecode.patched(model, backend=settings.backend) as report:
+        layers = report.layers
+    sequences, prompt_tokens = batch["input_ids"].shape
+    setup = Setup(
+        model=model.config.name_or_path,
+        family=layers[0].family,
+        backend=layers[0].backend,
+        num_layers=model.config.get_text_config().num_hidden_layers,
+        gdn_layers=len(layers),
+        upstream=upstream_kernels(model.get_submodule(layers[0].name)),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device_name(model.device),
+        threads=torch.get_num_threads(),
+        sequences=sequences,
+        prompt_tokens=prompt_tokens,
+        new_tokens=settings.new_tokens,
+        repeat=settings.repeat,
+        versions=versions(),
+    )
+    return setup, [layer.name for layer in layers if layer.covered]
+
+
+def device_name(device: torch.device) -> str:
+    """The device, and on a GPU which one."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """Of everything installed whose version a number may depend on."""
+    names = ("torch", "triton", "transformers", "flash-linear-attention", "causal-conv1d", "kernels")
+    installed = {name: version(name) for name in names if any(distributions(name=name))}
+    return {"python": platform.python_version(), **installed}
