@@ -1,0 +1,25 @@
+"""Set up before Transformers is imported: quiet, offline, one thread; fresh memory holds NaN, not lucky zeros."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+import qwen_fastdecode
+import torch
+
+torch.set_num_threads(1)  # tests run side by side
+torch.use_deterministic_algorithms(True)  # fills torch.empty and its kin: whoever reads before writing reads NaN
+
+
+@pytest.fixture(autouse=True)
+def _nothing_patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test begins and ends with upstream as it is."""
+    monkeypatch.delenv("QWEN_FASTDECODE", raising=False)
+    yield
+    qwen_fastdecode.unpatch()

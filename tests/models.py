@@ -1,0 +1,155 @@
+"""Tiny models of every supported family, and what the tests read off them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
+TRAINED = ("qwen3_next-tiny", "qwen3_5-tiny")
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])  # [2, 6]
+LINEAR = 3  # gated DeltaNet layers of each tiny model; the fourth layer is full attention
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": LINEAR + 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "initializer_range": 0.2,  # at 0.02 so small a model says the same token for ever
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+}
+DENSE = {"intermediate_size": 48}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
+
+
+def _heads(value_heads: int, value_size: int) -> dict[str, int]:
+    return {"linear_num_value_heads": value_heads, "linear_value_head_dim": value_size}
+
+
+def _qwen3_next(**changes: Any) -> PreTrainedModel:
+    config = transformers.Qwen3NextConfig(**COMMON | DENSE | EXPERTS | _heads(4, 16) | changes)
+    return transformers.Qwen3NextForCausalLM(config)
+
+
+def _qwen3_5(**changes: Any) -> PreTrainedModel:
+    config = transformers.Qwen3_5TextConfig(**COMMON | DENSE | _heads(6, 24) | changes)
+    return transformers.Qwen3_5ForCausalLM(config)
+
+
+def _qwen3_5_moe(**changes: Any) -> PreTrainedModel:
+    config = transformers.Qwen3_5MoeTextConfig(**COMMON | EXPERTS | _heads(2, 24) | changes)
+    return transformers.Qwen3_5MoeForCausalLM(config)
+
+
+def _with_vision(name: str, text: dict[str, Any]) -> PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=VISION, pad_token_id=0)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _qwen4_exp(gate: str) -> PreTrainedModel:
+    config = transformers.Qwen4ExpTextConfig(**COMMON | EXPERTS | _heads(4, 16) | QWEN4 | {"output_gate_type": gate})
+    return transformers.Qwen4ExpForCausalLM(config)
+
+
+QWEN4 = {
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "qwen3_next": _qwen3_next,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
+    "qwen3_5 with vision": lambda: _with_vision("Qwen3_5", COMMON | DENSE | _heads(4, 16)),
+    "qwen3_5_moe with vision": lambda: _with_vision("Qwen3_5Moe", COMMON | EXPERTS | _heads(4, 16)),
+    "qwen4_exp": lambda: _qwen4_exp("silu"),
+    "qwen4_exp, sigmoid gate": lambda: _qwen4_exp("sigmoid"),
+}
+# The families that the installed Transformers has.
+FAMILIES = [name for name in BUILDERS if importlib.util.find_spec(f"transformers.models.{name.split()[0].rstrip(',')}")]
+
+
+def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model in evaluation mode, with memories of all lengths and a convolution that matters."""
+    torch.manual_seed(seed)
+    model = BUILDERS[family](**changes).eval()
+    for layer in linear_layers(model):
+        nn.init.uniform_(layer.dt_bias, -6, 1)  # upstream's constant forgets within a token or two
+        nn.init.normal_(layer.conv1d.weight)
+        nn.init.normal_(layer.norm.weight, mean=1.0)
+    return model
+
+
+def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """One of the trained checkpoints, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINTS / checkpoint, dtype=dtype).eval()
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """The gated DeltaNet layers, in order."""
+    return [module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet")]
+
+
+def generate(model: PreTrainedModel, new_tokens: int = 8, prompt: Tensor = PROMPT, **options: Any) -> Tensor:
+    """Exactly `new_tokens` tokens a sequence, greedy unless the options say otherwise: [B, prompt + new_tokens]."""
+    defaults = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens}
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **defaults | options)
+    assert tokens.shape[1] == prompt.shape[1] + new_tokens
+    return tokens
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None, **options: Any) -> tuple[Tensor, Cache]:
+    """Logits [B, T, vocabulary] and the cache after them."""
+    output = model(tokens, past_key_values=cache, use_cache=True, **options)
+    return output.logits, output.past_key_values
+
+
+def cache_tensors(cache: Cache) -> Iterator[Tensor]:
+    """Copies of every tensor that a cache holds, layer by layer."""
+    for layer in cache.layers:
+        for name in ("conv_states", "recurrent_states", "keys", "values"):
+            held = getattr(layer, name, None)
+            for tensor in held.values() if isinstance(held, dict) else [held]:
+                if tensor is not None:
+                    yield tensor.clone()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes, dtypes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
