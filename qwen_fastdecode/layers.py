@@ -12,7 +12,7 @@ from . import install
 from .errors import LayerNotCovered, PatchError
 from .families import FAMILIES
 from .ops.backends import select_backend
-from .plan import PLAN, DecodePlan, make_plan, plan_of
+from .plan import EXCLUDED, PLAN, DecodePlan, make_plan, plan_of
 from .report import LayerStatus
 from .seams import Upstream, check_reviewed, upstream_classes
 
@@ -82,7 +82,7 @@ def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:
         return LayerStatus(layer.name, family, "upstream", covered=False, reason=str(layer.plan))
     if plan is not None:
         return describe_plan(layer.name, layer.module, plan)
-    excluded = PLAN in vars(layer.module)
+    excluded = vars(layer.module).get(PLAN) is EXCLUDED  # None: the copy of a patched layer
     if everything and not excluded:
         return LayerStatus(layer.name, family, layer.plan.backend, covered=True, reason="from its first use")
     return LayerStatus(layer.name, family, "upstream", covered=False, reason="excluded" if excluded else "not patched")
