@@ -88,7 +88,8 @@ def decode_triton(
     """Same arguments and result as `gated_delta_decode`; computes in float32. `tile` overrides the tile table.
 
     The first call for a kind of arguments compiles, so make it before capturing a CUDA graph. Raises ValueError for
-    float64 arguments, and for a tile narrower than a value head when a sequence may have several tokens.
+    float64 arguments, a recurrent state whose heads [DK, DV] are not contiguous, a strided A_log, dt_bias or
+    cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
     """
     tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     pointers = [x.data_ptr() for x in tensors]
@@ -102,7 +103,7 @@ def decode_triton(
         v.shape,
         q.shape[2],
         conv_state.shape,
-        None if cu_seqlens is None else cu_seqlens.dtype,
+        None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.stride()),
         *[x.stride() for x in tensors],
         *[x.dtype for x in tensors],
         *[p & 15 for p in pointers],
@@ -137,8 +138,7 @@ def _prepare(
     """Compiles the kernel for one kind of arguments; returns what launches it."""
     q, v, conv_state = tensors[0], tensors[2], tensors[6]
     device = v.device
-    if any(x.dtype == torch.float64 for x in tensors):
-        raise ValueError("the Triton backend computes in float32: got a float64 argument, use the torch backend")
+    _check(tensors, cu_seqlens)
     s = DecodeShapes.of(q, v, conv_state)
     one_token = cu_seqlens is None and s.N == s.B
     key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
@@ -167,6 +167,18 @@ def _prepare(
                 run(*pointers, cu_seqlens, out.data_ptr(), *numbers, layout)
 
     return launch
+
+
+def _check(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> None:
+    """What this backend asks beyond the op's own rules."""
+    recurrent_state, A_log, dt_bias = tensors[7], tensors[9], tensors[10]
+    if any(x.dtype == torch.float64 for x in tensors):
+        raise ValueError("the Triton backend computes in float32: got a float64 argument; use the torch backend")
+    if recurrent_state.stride()[2:] != (recurrent_state.shape[3], 1):
+        raise ValueError(f"recurrent_state: got strides {recurrent_state.stride()}, expected contiguous heads [DK, DV]")
+    for name, x in {"A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens}.items():
+        if x is not None and x.stride(0) != 1 and x.numel() > 1:
+            raise ValueError(f"{name}: got stride {x.stride(0)}, expected 1")
 
 
 def _layout(

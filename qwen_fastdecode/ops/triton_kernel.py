@@ -179,9 +179,10 @@ def _state_mask(rows, columns, L: tl.constexpr):
 
 
 @triton.jit
-def _load_state(pointer, rows, columns, L: tl.constexpr, wanted):
-    """A tile [DK, BLOCK_V] in the state's dtype; nothing is read unless `wanted`."""
+def _load_state(pointer, rows, columns, left, L: tl.constexpr):
+    """A tile [DK, BLOCK_V] in the state's dtype; nothing is read if there is no tile left."""
     mask = _state_mask(rows, columns, L)
+    wanted = tl.full([L.BLOCK_K, L.BLOCK_V], left, tl.int32) > 0  # a branch would keep the old tile beside the new
     if mask is None:
         S = tl.load(pointer, mask=wanted)
     else:
@@ -254,7 +255,7 @@ def decode_token(
         end = tl.minimum(L.first + L.count - hk * L.R, L.R) if (L.first + L.count) % L.R else L.R
         S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
         if L.prefetch:
-            S_next = _load_state(S_first + begin * L.state_head, rows, columns, L, True)
+            S_next = _load_state(S_first + begin * L.state_head, rows, columns, 1, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -280,7 +281,7 @@ def decode_token(
             column = tile * L.BLOCK_V + columns
             column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
             S_pointer = S_first + (r * L.state_head + tile * L.BLOCK_V)
-            S = S_next if L.prefetch else _load_state(S_pointer, rows, column, L, True)
+            S = S_next if L.prefetch else _load_state(S_pointer, rows, column, 1, L)
             beta, decay = _gates(
                 tl.load(b + i * b_token + hk * L.b_head + r * L.b_value).to(tl.float32),
                 tl.load(a + i * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
@@ -305,7 +306,8 @@ def decode_token(
                 r_next = (step + 1) // L.TILES
                 tile_next = (step + 1) % L.TILES * L.BLOCK_V
                 S_pointer = S_first + (r_next * L.state_head + tile_next)
-                S_next = _load_state(S_pointer, rows, tile_next + columns, L, step + 1 < end * L.TILES)
+                left = end * L.TILES - (step + 1)
+                S_next = _load_state(S_pointer, rows, tile_next + columns, left, L)
 
             o = tl.where((tiles == tile)[:, None], o_tile[None, :], o) if L.TILES > 1 else o_tile[None, :]
             if tile == L.TILES - 1:
@@ -380,7 +382,7 @@ def decode_tokens(
             r = hv - hk * L.R
             v_channel = 2 * L.HK * L.DK + hv * L.DV + columns
             S_pointer = state + i * state_sequence + hv * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
-            S = _load_state(S_pointer, rows, columns, L, True).to(tl.float32)
+            S = _load_state(S_pointer, rows, columns, 1, L).to(tl.float32)
             qk1, qk2, qk3, qk4 = _load_taps(taps, qk_channel, conv_channel, L.tap_stride, L.packed_taps, qk_mask, L.W)
             qkw0, qkw1, qkw2, qkw3 = _load_weight(conv_weight, qk_channel, qk_mask, L)
             v1, v2, v3, v4 = _load_taps(taps, v_channel, conv_channel, L.tap_stride, L.packed_taps, column_mask, L.W)
