@@ -1,0 +1,121 @@
+"""Speed of a decode step between the projections: ours, upstream with and without flash-linear-attention, the floor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_clock import Replay, copy_bandwidth, device_us, wall_us
+from gpu_host import host_times
+from gpu_layers import BATCHES, Stack, Workload, how_many_layers, release_memory
+from gpu_peers import PEERS
+from gpu_report import progress, write_section
+from gpu_step import check_picked
+
+import qwen_fastdecode
+
+# Upstream rounds to bf16 after every operation: 5.4e-3 over a layer (HV 32, D 128).
+BASELINE_LIMIT = 2e-2
+OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to run the layers of a stack, entered as a context; `limit` as in `check_picked`."""
+
+    enter: Callable[[Stack], AbstractContextManager[Any]]
+    calls: Callable[[Stack], list[Callable[[], torch.Tensor]]] = Stack.calls
+    limit: float | None = BASELINE_LIMIT
+
+
+CONTESTANTS = {
+    OURS: Contestant(lambda stack: qwen_fastdecode.patched(stack, backend="triton"), limit=None),
+    PYTORCH: Contestant(Stack.pytorch_reference),
+    INSTALLED: Contestant(lambda stack: nullcontext()),
+}
+
+
+def workloads(dry_run: bool) -> list[tuple[Workload, bool]]:
+    """What is timed, and whether the baselines are timed as well."""
+    if dry_run:
+        return [(Workload(2, 4, HK=2, D=16), True), (Workload(1, 6, HK=2, D=16, family="qwen3_next"), True)]
+    found = [(Workload(B, HV), HV == 32 or B in (1, 256)) for HV in (32, 16, 48, 64) for B in BATCHES]
+    bf16 = torch.bfloat16
+    found += [
+        (Workload(B, HV, state_dtype=bf16), HV == 32 and B in (1, 256)) for HV in (32, 16, 48, 64) for B in BATCHES
+    ]
+    return found + [(Workload(B, 32, family="qwen3_next"), True) for B in (1, 256)]
+
+
+def measure(w: Workload, baselines: bool, device: torch.device, bandwidth: float) -> dict[str, Any]:
+    """A row: microseconds a layer of each contestant, by graph replay and eagerly, or why it has no speed."""
+    stack = Stack(w, how_many_layers(w, device), device)
+    row: dict[str, Any] = {**w.label(), "layers": len(stack.layers), "bytes": w.bytes}
+    row["floor_us"] = 1e6 * 2 * w.state_bytes / bandwidth
+    row["graph_us"], row["eager_us"], row["errors"], row["no_speed"] = {}, {}, {}, {}
+    row["upstream_runs"] = stack.implementations()
+    for name, contestant in _contestants(stack, baselines):
+        try:
+            with contestant.enter(stack):
+                _measure_one(name, contestant, stack, device, row)
+        except (AssertionError, RuntimeError) as error:
+            row["no_speed"][name] = f"{type(error).__name__}: {error}"[:300]
+    del stack
+    release_memory(device)
+    return row
+
+
+def _contestants(stack: Stack, baselines: bool) -> Iterator[tuple[str, Contestant]]:
+    yield OURS, CONTESTANTS[OURS]
+    if not baselines:
+        return
+    yield PYTORCH, CONTESTANTS[PYTORCH]
+    if stack.has_installed_kernels():
+        yield INSTALLED, CONTESTANTS[INSTALLED]
+    for name, calls in PEERS.items():
+        yield name, Contestant(lambda stack: nullcontext(), calls)
+
+
+def _measure_one(name: str, contestant: Contestant, stack: Stack, device: torch.device, row: dict[str, Any]) -> None:
+    """Checked eagerly and replayed before it is timed; a wrong result raises AssertionError."""
+    calls = contestant.calls(stack)
+    check_picked(stack.step(0), calls[0], contestant.limit)
+
+    def eager() -> None:
+        for call in calls:
+            call()
+
+    eager_us = wall_us(eager, device)
+    replay = Replay(calls, device)
+    row["errors"][name] = check_picked(stack.step(0), replay.first_output, contestant.limit)
+    row["graph_us"][name] = device_us(replay, device) / len(calls)
+    row["eager_us"][name] = eager_us / len(calls)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    arguments = parser.parse_args()
+    device = torch.device("cpu" if arguments.dry_run else "cuda")
+    bandwidth = copy_bandwidth(device)
+    todo = workloads(arguments.dry_run)
+    results: dict[str, Any] = {"copy_bandwidth": bandwidth, "rows": []}
+    with torch.no_grad():
+        results["host_us"] = host_times(device, todo[0][0].D)
+        for w, baselines in progress(todo, "speed", len(todo)):
+            results["rows"].append(measure(w, baselines, device, bandwidth))
+            write_section(arguments.out, "speed", results)  # after each row: a run that is cut short keeps what it has
+    wrong = [(row, name, text) for row in results["rows"] for name, text in row["no_speed"].items()]
+    for row, name, text in wrong:
+        print(f"NO SPEED {name}, HV {row['HV']}, batch {row['batch']}, {row['state']} state: {text}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
