@@ -123,9 +123,9 @@ def read_norm(norm: Any) -> GatedNorm | None:
     Upstream's own class keeps its epsilon as `variance_epsilon`; flash-linear-attention's, which upstream takes up to
     5.14 where that package is installed, as `eps`.
     """
-    kind = type(norm).__name__
-    eps = getattr(norm, "variance_epsilon" if kind.endswith("RMSNormGated") and kind[:5] != "Fused" else "eps", None)
-    if not kind.endswith("RMSNormGated") or eps is None or getattr(norm, "bias", None) is not None:
+    epsilons = {"transformers": "variance_epsilon", "fla": "eps"}
+    eps = getattr(norm, epsilons.get(type(norm).__module__.partition(".")[0], ""), None)
+    if not type(norm).__name__.endswith("RMSNormGated") or eps is None or getattr(norm, "bias", None) is not None:
         return None
     gate = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}.get(getattr(norm, "activation", "silu"))
     return None if gate is None else GatedNorm(float(eps), gate)
