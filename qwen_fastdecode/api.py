@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from . import dispatch, install
-from .errors import LayerNotCovered, NothingToPatch, PatchError
+from .errors import NothingToPatch, PatchError
 from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers, review
-from .ops.backends import select_backend
+from .ops.backends import BACKENDS, select_backend
 from .plan import EXCLUDED, PLAN, DecodePlan, plan_of
 from .report import PatchReport, Status
 from .seams import upstream_classes
 
+_LENIENT = "Pass strict=False to leave such layers to upstream."
 _lock = threading.RLock()
 
 
@@ -117,22 +118,28 @@ def status(model: nn.Module | None = None) -> Status:
 
 def _check(model: nn.Module, layers: list[FoundLayer], backend: str, strict: bool) -> None:
     """Raises what `patch` is to raise, before anything was changed."""
+    if backend not in BACKENDS:  # whatever the model has
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     for device in {layer.module.A_log.device for layer in layers if isinstance(layer.plan, DecodePlan)}:
         if device.type != "meta":
             select_backend(backend, device)
-    if not strict:
-        return
-    problems = [(layer.name, layer.plan) for layer in layers if isinstance(layer.plan, PatchError)]
-    if len(problems) == len(layers) and all(layer.upstream is None for layer in layers):
-        others = f" ({problems[0][1]})" if problems else ""
+    if strict and all(layer.upstream is None for layer in layers):
+        others = f" ({layers[0].plan})" if layers else ""
         raise NothingToPatch(
             f"{type(model).__qualname__} has no gated DeltaNet layer of a supported family{others}. "
             "Pass the model itself, with its linear_attn layers, or strict=False to accept this."
         )
+    if strict:
+        _refuse_problems(layers)
+
+
+def _refuse_problems(layers: list[FoundLayer]) -> None:
+    """Raises the first layer's problem."""
+    problems = [(layer.name, layer.plan) for layer in layers if isinstance(layer.plan, PatchError)]
     if problems:
         name, error = problems[0]
         more = f" ({len(problems)} of {len(layers)} layers have a problem)" if len(problems) > 1 else ""
-        raise type(error)(f"{name}: {error}{more}. Pass strict=False to leave such layers to upstream.") from error
+        raise type(error)(f"{name}: {error}{more}. {_LENIENT}") from error
 
 
 def _cover(layers: list[FoundLayer]) -> None:
@@ -163,14 +170,13 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     verdicts = {layer_class: review(upstream) for layer_class, upstream in upstreams.items()}
     unknown = [error for error in verdicts.values() if error is not None]
     if unknown and everything.strict:
-        raise unknown[0]
+        raise type(unknown[0])(f"{unknown[0]}. {_LENIENT}") from unknown[0]
     layers = [
         inspect_layer(_name(module), module, upstream, verdicts[upstream.layer_class], everything.backend)
         for module, upstream in living_layers(upstreams)
     ]
-    problems = [layer.plan for layer in layers if isinstance(layer.plan, PatchError)]
-    if problems and everything.strict:
-        raise problems[0]
+    if everything.strict:
+        _refuse_problems(layers)
     for layer_class, error in verdicts.items():
         if error is None:
             install.ensure_patched(layer_class)
@@ -198,9 +204,7 @@ def _adopt(module: Any) -> DecodePlan | None:
             install.set_plan(module, upstream.layer_class, layer.plan)
             return layer.plan
         if _everything.strict:
-            raise LayerNotCovered(
-                f"{layer.name}: {layer.plan}. Call patch(strict=False) to leave such layers to upstream."
-            )
+            _refuse_problems([layer])
         install.set_plan(module, upstream.layer_class, EXCLUDED)
         warnings.warn(f"{layer.name} stays with upstream: {layer.plan}", stacklevel=4)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -43,6 +44,7 @@ def find_layers(model: nn.Module, backend: str) -> list[FoundLayer]:
 
 def living_layers(upstreams: dict[type, Upstream]) -> Iterator[tuple[nn.Module, Upstream]]:
     """Every instance of these classes in the process, in the order of their creation."""
+    gc.collect()  # a model that was deleted may lie in a reference cycle: it is neither patched nor refused
     for thing in gc.get_objects():
         for base in type(thing).__mro__:  # isinstance would ask proxies for a class that they load on demand
             if base in upstreams:
@@ -78,14 +80,18 @@ def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:
     """The layer as it is now; `everything`: a `patch()` of everything is on."""
     family = "unsupported" if layer.upstream is None else layer.upstream.family
     plan = plan_of(layer.module)
-    if isinstance(layer.plan, PatchError):
-        return LayerStatus(layer.name, family, "upstream", covered=False, reason=str(layer.plan))
+    status = LayerStatus(layer.name, family, "upstream", covered=False)
     if plan is not None:
-        return describe_plan(layer.name, layer.module, plan)
-    excluded = vars(layer.module).get(PLAN) is EXCLUDED  # None: the copy of a patched layer
-    if everything and not excluded:
-        return LayerStatus(layer.name, family, layer.plan.backend, covered=True, reason="from its first use")
-    return LayerStatus(layer.name, family, "upstream", covered=False, reason="excluded" if excluded else "not patched")
+        status = describe_plan(layer.name, layer.module, plan)
+    if isinstance(layer.plan, PatchError):  # also of a layer that was changed after patching: it keeps its counters
+        return replace(status, backend="upstream", covered=False, reason=str(layer.plan))
+    if plan is not None:
+        return status
+    if vars(layer.module).get(PLAN) is EXCLUDED:  # None: the copy of a patched layer
+        return replace(status, reason="excluded")
+    if everything:
+        return replace(status, backend=layer.plan.backend, covered=True, reason="from its first use")
+    return replace(status, reason="not patched")
 
 
 def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus:

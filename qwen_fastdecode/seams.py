@@ -89,10 +89,7 @@ def check_reviewed(upstream: Upstream, forward: Any) -> None:
     """
     foreign = _foreign_patch(forward)
     if foreign is not None:
-        raise UnknownUpstream(
-            f"{upstream.label}.forward is patched by somebody else: {foreign}. Undo that patch first, or pass "
-            "strict=False to leave this layer alone."
-        )
+        raise UnknownUpstream(f"{upstream.label}.forward is patched by somebody else: {foreign}. Undo that patch first")
     module = sys.modules[upstream.layer_class.__module__]
     names = module.__name__, upstream.layer_class.__name__
     seams = [seam for seam in load_seams() if (seam.module, seam.layer) == names]
@@ -103,8 +100,7 @@ def check_reviewed(upstream: Upstream, forward: Any) -> None:
     raise UnknownUpstream(
         f"{module.__name__} of Transformers {transformers.__version__} is not a version that was reviewed: "
         f"{', '.join(changed)} differs from every reviewed release ({', '.join(seam.transformers for seam in seams)}). "
-        "Upgrade qwen-fastdecode, or install a reviewed release of Transformers, or pass strict=False to leave these "
-        "layers to upstream."
+        "Upgrade qwen-fastdecode, or install a reviewed release of Transformers"
     )
 
 
