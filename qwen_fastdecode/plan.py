@@ -22,7 +22,9 @@ _counting = threading.Lock()
 class DecodePlan:
     """How one layer decodes. Reading it costs attribute look-ups; nothing is computed from configuration again."""
 
-    def __init__(self, name: str, family: Family, sizes: HeadSizes, norm: GatedNorm, backend: str, norm_class: type[Any]):
+    def __init__(
+        self, name: str, family: Family, sizes: HeadSizes, norm: GatedNorm, backend: str, norm_class: type[Any]
+    ):
         self.name = name
         self.family = family
         self.sizes = sizes
