@@ -10,8 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 
 import pytest
-import qwen_fastdecode
 import torch
+
+import qwen_fastdecode
 
 torch.set_num_threads(1)  # tests run side by side
 torch.use_deterministic_algorithms(True)  # fills torch.empty and its kin: whoever reads before writing reads NaN

@@ -7,14 +7,15 @@ import io
 import pickle
 
 import pytest
-import qwen_fastdecode as qf
 import torch
 from models import FAMILIES, LINEAR, PROMPT, build, fingerprint, forward, generate, linear_layers, load
+from torch import nn
+from transformers import PreTrainedModel
+
+import qwen_fastdecode as qf
 from qwen_fastdecode import install
 from qwen_fastdecode.plan import PLAN, plan_of
 from qwen_fastdecode.report import COUNTING, LayerStatus, Status
-from torch import nn
-from transformers import PreTrainedModel
 
 NEW = 5  # tokens to generate: the first comes from the prompt's pass, the others from a decode step each
 STEPS = LINEAR * (NEW - 1)
