@@ -15,7 +15,8 @@ import transformers
 from qwen_fastdecode.ops.backends import BACKENDS
 
 from .inputs import DTYPES, check_plot, check_writable, fill_batch, find_device, load_model, read_prompts, require
-from .run import Comparison, Settings, compare, total_runs
+from .result import Comparison
+from .run import Settings, compare, total_runs
 
 DESCRIPTION = """\
 Runs MODEL with and without the patch in one process, alternately, and reports whether both write the same text and how
@@ -28,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder with a checkpoint, or its name on the Hugging Face Hub")
-    add("prompt", metavar="PROMPT", nargs="*", default=[], help="decoded together, as one batch")
+    add("--prompt", metavar="TEXT", action="append", default=[], help="may be repeated: decoded together, as one batch")
     add("--prompts", metavar="FILE", type=Path, help="more prompts, one a line")
     add("--batch", metavar="N", type=at_least(1), help="sequences; the prompts are repeated (default: one each)")
     add("--new-tokens", metavar="N", type=at_least(2), default=64, help="tokens to generate in each run (default: 64)")
@@ -62,15 +63,21 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     device = find_device(args.device)
 
-    # Upstream warns that faster packages are missing: the table says what it ran. The Hub's client logs every retry.
-    transformers.logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory.py announces itself on stderr
+    silence_libraries()
     model, tokenizer = load_model(args.model, args.dtype, device)
     settings = Settings(args.new_tokens, args.repeat, args.backend)
     comparison = compare_with_progress(model, tokenizer, prompts, settings)
     report(comparison, args.json, args.plot)
     return 1 if comparison.parity.failures else 0
+
+
+def silence_libraries() -> None:
+    """Leaves stderr to this command's own line or bar, and to the bar of loading weights on a terminal."""
+    transformers.logging.set_verbosity_error()  # it warns that faster packages are missing; the table says what ran
+    huggingface_hub.logging.set_verbosity_error()  # it logs every retry
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory.py announces itself
 
 
 def compare_with_progress(model: Any, tokenizer: Any, prompts: list[str], settings: Settings) -> Comparison:

@@ -13,8 +13,8 @@ from .layerwise import LayerDistance
 
 # Of one layer step on the same inputs. Two right implementations in bfloat16 round differently, by half of this.
 MAX_LAYER_DISTANCE = 1e-2
-# Logits of both sides are held at once; longer texts are compared up to here.
-MAX_LOGITS = 1 << 27
+# Logits of both sides are held at once, and in float64 while they are compared; more are left out.
+MAX_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)

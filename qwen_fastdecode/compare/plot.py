@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .run import Comparison, Side, Speed
+from .result import Comparison, Side, Speed
 
 _COLORS = {"Transformers": "#b35806", "with the patch": "#1f6fb4"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,8 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .run import Comparison, Sample, Service, Setup, Speed
+from .result import Comparison, Sample, Service, Setup, Speed
 from .statistics import Spread
+
+MIN_REPEATS = 3  # fewer have no spread to speak of
 
 
 def render(c: Comparison) -> RenderableType:
@@ -26,7 +29,7 @@ def render(c: Comparison) -> RenderableType:
 def title(s: Setup) -> str:
     """Model and workload in one line."""
     sequences = f"{s.sequences} sequence{'s' if s.sequences > 1 else ''}"
-    return f"{s.model}: {s.dtype} on {s.device}, {sequences} of {s.prompt_tokens} + {s.new_tokens} tokens"
+    return f"{Path(s.model).name}: {s.dtype} on {s.device}, {sequences} of {s.prompt_tokens} + {s.new_tokens} tokens"
 
 
 def verdict(c: Comparison) -> Text:
@@ -36,10 +39,13 @@ def verdict(c: Comparison) -> Text:
         return Text("\n".join([*lines, *(f"  {failure}" for failure in c.parity.failures)]), style="bold red")
     agreement, ratio = c.parity.greedy, c.speed.ratio
     text = "Same text" if agreement.identical == agreement.sequences else "Same text but for rounding"
-    spread_of_ratio = f"{ratio.min:.2f}x to {ratio.max:.2f}x in {c.setup.repeat} repeats"
-    if ratio.min <= 1 <= ratio.max:
-        return Text.assemble((f"{text}; no clear difference in speed", "bold yellow"), f" ({spread_of_ratio})")
-    return Text.assemble((f"{text}; decodes {ratio.median:.2f}x as fast", "bold green"), f" ({spread_of_ratio})")
+    repeats = f"({ratio.min:.2f}x to {ratio.max:.2f}x in {c.setup.repeat} repeats)"
+    if c.setup.repeat < MIN_REPEATS or ratio.min <= 1 <= ratio.max:
+        return Text.assemble(
+            (f"{text}; no clear difference in speed", "bold yellow"), f": {ratio.median:.2f}x {repeats}"
+        )
+    style = "bold green" if ratio.median > 1 else "bold yellow"
+    return Text.assemble((f"{text}; decodes {ratio.median:.2f}x as fast", style), f" {repeats}")
 
 
 def speed_table(speed: Speed, sequences: int) -> Table:
@@ -75,7 +81,7 @@ def details(c: Comparison) -> Table:
     grid.add_row("patched layers", f"{c.setup.gdn_layers} of {c.setup.num_layers}, {c.setup.backend} backend")
     grid.add_row("upstream ran", c.setup.upstream.summary)
     versions = ", ".join(f"{name} {number}" for name, number in c.setup.versions.items())
-    grid.add_row("versions", f"{versions}; {c.setup.threads} CPU threads")
+    grid.add_row("environment", f"{versions}; CPU threads: {c.setup.threads}")
     return grid
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import distributions, version
 from typing import Any, TypeVar
 
@@ -19,8 +18,8 @@ from .generation import Batch, Clock, Run, encode, forced_logits, generate
 from .layerwise import LayerDistance, LayerwiseCheck
 from .memory import decode_step_bytes
 from .parity import GreedyAgreement, LogitsDistance, Parity, comparable_part
-from .statistics import Spread, ratio_of_medians, step_ratios
-from .upstream import UpstreamKernels, upstream_kernels
+from .result import Comparison, Sample, Service, Setup, Speed
+from .upstream import upstream_kernels
 
 T = TypeVar("T")
 
@@ -32,93 +31,6 @@ class Settings:
     new_tokens: int = 64
     repeat: int = 5
     backend: str = "auto"
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything that a number depends on."""
-
-    model: str
-    family: str
-    backend: str
-    num_layers: int
-    gdn_layers: int
-    upstream: UpstreamKernels
-    dtype: str
-    device: str
-    threads: int  # that PyTorch uses on the CPU
-    sequences: int
-    prompt_tokens: int  # of the longest prompt; shorter ones are padded on the left
-    new_tokens: int
-    repeat: int
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side's speed: spreads over all timed runs."""
-
-    prefill_ms: Spread
-    step_ms: Spread
-    tokens_per_second: Spread
-    peak_step_bytes: int  # of one decode step, above weights and cache
-    step_ms_of_runs: list[list[float]]
-
-
-@dataclass(frozen=True)
-class Service:
-    """Who served a number of layer-steps."""
-
-    fast_steps: int = 0
-    fallbacks: dict[str, int] = field(default_factory=dict)
-
-    def __add__(self, other: Service) -> Service:
-        return Service(self.fast_steps + other.fast_steps, dict(Counter(self.fallbacks) + Counter(other.fallbacks)))
-
-    def __sub__(self, earlier: Service) -> Service:
-        fallbacks = Counter(self.fallbacks) - Counter(earlier.fallbacks)
-        return Service(self.fast_steps - earlier.fast_steps, dict(fallbacks))
-
-    @property
-    def fast_share(self) -> float:
-        return self.fast_steps / max(1, self.fast_steps + sum(self.fallbacks.values()))
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Both sides; a ratio above 1 means that the patched one is faster."""
-
-    upstream: Side
-    patched: Side
-    ratios: list[float]  # one a repeat: median step of the unpatched run / of the patched run
-    step_ratios: list[float]  # one a step of each repeat
-    service: Service  # of the timed patched runs, after their prefill
-
-    @property
-    def ratio(self) -> Spread:
-        return Spread.of(self.ratios)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What both sides wrote after one prompt."""
-
-    prompt: str
-    upstream: str
-    patched: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result. `speed` is None where the text is not right: a wrong answer has no speed."""
-
-    setup: Setup
-    parity: Parity
-    speed: Speed | None
-    sample: Sample
-
-
-Timed = tuple[Run, Service]
 
 
 class Sides:
@@ -142,12 +54,12 @@ class Sides:
     def generate(self) -> Run:
         return generate(self.model, self.batch, self.settings.new_tokens)
 
-    def timed_run(self) -> Timed:
+    def timed_run(self) -> tuple[Run, Service]:
         """Counts who served the decode steps; asking costs time on both sides, between prefill and first step."""
         after_prefill: list[Service] = []
-        clock = Clock(after_prefill=lambda: after_prefill.append(service(self.model)))
+        clock = Clock(after_prefill=lambda: after_prefill.append(service_of(self.model)))
         run = generate(self.model, self.batch, self.settings.new_tokens, clock)
-        return run, service(self.model) - after_prefill[0]
+        return run, service_of(self.model) - after_prefill[0]
 
     def distances(self, tokens: Tensor, layers: Sequence[str]) -> tuple[LayerDistance, LogitsDistance]:
         """Both sides decode `tokens` [B, new tokens], or as many of them as fit in memory; `layers` are checked."""
@@ -198,10 +110,12 @@ def compare(
         return Comparison(setup, parity, None, sample)
 
     memory = sides.both("memory", sides.step_bytes)
-    pairs = [sides.both(f"run {i + 1}", sides.timed_run, patched_first=i % 2 == 1) for i in range(settings.repeat)]
-    texts += [(a.tokens, b.tokens) for (a, _), (b, _) in pairs]  # what was timed must be right as well
+    timed = [sides.both(f"run {i + 1}", sides.timed_run, patched_first=i % 2 == 1) for i in range(settings.repeat)]
+    runs = [(before, after) for (before, _), (after, _) in timed]
+    texts += [(before.tokens, after.tokens) for before, after in runs]  # what was timed must be right as well
     parity = replace(parity, greedy=GreedyAgreement.between(texts))
-    return Comparison(setup, parity, None if parity.failures else summarise(pairs, memory), sample)
+    served = sum((service for _, (_, service) in timed), Service())
+    return Comparison(setup, parity, None if parity.failures else Speed.of(runs, memory, served), sample)
 
 
 def total_runs(settings: Settings) -> int:
@@ -209,32 +123,7 @@ def total_runs(settings: Settings) -> int:
     return 2 * (3 + settings.repeat)
 
 
-def summarise(pairs: Sequence[tuple[Timed, Timed]], memory: tuple[int, int]) -> Speed:
-    """From the timed (unpatched, patched) runs and both sides' memory."""
-    sides = [side_of([pair[i][0] for pair in pairs], memory[i]) for i in (0, 1)]
-    steps = [(a.step_ms, b.step_ms) for (a, _), (b, _) in pairs]
-    return Speed(
-        upstream=sides[0],
-        patched=sides[1],
-        ratios=[ratio_of_medians(*both) for both in steps],
-        step_ratios=[ratio for both in steps for ratio in step_ratios(*both)],
-        service=sum((served for _, (_, served) in pairs), Service()),
-    )
-
-
-def side_of(runs: Sequence[Run], peak_step_bytes: int) -> Side:
-    """One side's spreads over its timed runs."""
-    step_ms = [run.step_ms for run in runs]
-    return Side(
-        prefill_ms=Spread.of([run.prefill_ms for run in runs]),
-        step_ms=Spread.of([ms for steps in step_ms for ms in steps]),
-        tokens_per_second=Spread.of([1e3 * len(run.tokens) * len(run.step_ms) / sum(run.step_ms) for run in runs]),
-        peak_step_bytes=peak_step_bytes,
-        step_ms_of_runs=step_ms,
-    )
-
-
-def service(model: Any) -> Service:
+def service_of(model: Any) -> Service:
     """Who served `model`'s layer-steps since it was patched; nothing is counted while it is not."""
     status = qwen_fastdecode.status(model)
     return Service(status.fast_steps, status.fallbacks)

@@ -1,0 +1,116 @@
+"""What a comparison finds, as plain data: `render` prints it, `plot` draws it, JSON stores it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .generation import Run
+from .parity import Parity
+from .statistics import Spread, ratio_of_medians, step_ratios
+from .upstream import UpstreamKernels
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a number depends on."""
+
+    model: str
+    family: str
+    backend: str
+    num_layers: int
+    gdn_layers: int
+    upstream: UpstreamKernels
+    dtype: str
+    device: str
+    threads: int  # that PyTorch uses on the CPU
+    sequences: int
+    prompt_tokens: int  # of the longest prompt; shorter ones are padded on the left
+    new_tokens: int
+    repeat: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's speed: spreads over all timed runs."""
+
+    prefill_ms: Spread
+    step_ms: Spread
+    tokens_per_second: Spread
+    peak_step_bytes: int  # of one decode step, above weights and cache
+    step_ms_of_runs: list[list[float]]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], peak_step_bytes: int) -> Side:
+        """From at least one timed run."""
+        return cls(
+            prefill_ms=Spread.of([run.prefill_ms for run in runs]),
+            step_ms=Spread.of([ms for run in runs for ms in run.step_ms]),
+            tokens_per_second=Spread.of([1e3 * run.tokens[:, 1:].numel() / sum(run.step_ms) for run in runs]),
+            peak_step_bytes=peak_step_bytes,
+            step_ms_of_runs=[run.step_ms for run in runs],
+        )
+
+
+@dataclass(frozen=True)
+class Service:
+    """Who served a number of layer-steps."""
+
+    fast_steps: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Service) -> Service:
+        return Service(self.fast_steps + other.fast_steps, dict(Counter(self.fallbacks) + Counter(other.fallbacks)))
+
+    def __sub__(self, earlier: Service) -> Service:
+        fallbacks = Counter(self.fallbacks) - Counter(earlier.fallbacks)
+        return Service(self.fast_steps - earlier.fast_steps, dict(fallbacks))
+
+    @property
+    def fast_share(self) -> float:
+        return self.fast_steps / max(1, self.fast_steps + sum(self.fallbacks.values()))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Both sides; a ratio above 1 means that the patched one is faster."""
+
+    upstream: Side
+    patched: Side
+    ratios: list[float]  # one a repeat: median step of the unpatched run / of the patched run
+    step_ratios: list[float]  # one a step of each repeat
+    service: Service  # of the timed patched runs, after their prefill
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[Run, Run]], peak_step_bytes: tuple[int, int], service: Service) -> Speed:
+        """From timed (unpatched, patched) runs and both sides' memory."""
+        upstream = Side.of([before for before, _ in runs], peak_step_bytes[0])
+        patched = Side.of([after for _, after in runs], peak_step_bytes[1])
+        ratios = [ratio_of_medians(before.step_ms, after.step_ms) for before, after in runs]
+        steps = [ratio for before, after in runs for ratio in step_ratios(before.step_ms, after.step_ms)]
+        return cls(upstream, patched, ratios, steps, service)
+
+    @property
+    def ratio(self) -> Spread:
+        return Spread.of(self.ratios)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What both sides wrote after one prompt."""
+
+    prompt: str
+    upstream: str
+    patched: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result. `speed` is None where the text is not right: a wrong answer has no speed."""
+
+    setup: Setup
+    parity: Parity
+    speed: Speed | None
+    sample: Sample
