@@ -36,7 +36,7 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         states = decode_states(plan, self, hidden_states, cache_params, attention_mask, kwargs)
         if isinstance(states, Reason):
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
                 plan.count_fallback(states)
             return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
         return decode_step(plan, self, hidden_states, states)

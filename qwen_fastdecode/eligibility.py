@@ -94,6 +94,7 @@ def _states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -
     return (
         conv.shape == (B, *plan.conv_shape)
         and recurrent.shape == (B, *plan.recurrent_shape)
+        and recurrent.stride()[1:] == plan.recurrent_strides
         and conv.device == device
         and recurrent.device == device
     )

@@ -35,6 +35,7 @@ class DecodePlan:
         self.heads = (0, sizes.num_v_heads)
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
+        self.recurrent_strides = (sizes.head_k_dim * sizes.head_v_dim, sizes.head_v_dim, 1)  # of a sequence
         self.fast_steps = 0
         self.fallbacks: Counter[Reason] = Counter()
         self._backends: dict[torch.device, Backend] = {}

@@ -19,7 +19,7 @@ class Reason(str, Enum):
     AUTOCAST = "autocast is on"
     EXPORTING = "the model is being exported"
     UNKNOWN_CACHE = "a cache of unknown type"
-    UNEXPECTED_STATE = "a state of unexpected shape or device"
+    UNEXPECTED_STATE = "a state of unexpected shape, strides or device"
     WEIGHTS_ELSEWHERE = "weights are on another device than the hidden states"
     WEIGHT_TYPE = "weights of a tensor subclass"
     HOOKED_SUBMODULE = "hooks on conv1d or norm"
