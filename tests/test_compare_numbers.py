@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from qwen_fastdecode.compare.generation import Clock, ForcedTokens, Run, encode
 from qwen_fastdecode.compare.inputs import BadInput
 from qwen_fastdecode.compare.layerwise import LayerDistance
-from qwen_fastdecode.compare.memory import peak_within
+from qwen_fastdecode.compare.memory import StepMark, _cuda_step_bytes, peak_within
 from qwen_fastdecode.compare.parity import (
     MAX_LOGITS,
     GreedyAgreement,
@@ -135,6 +136,22 @@ def test_peak_within_a_span_counts_from_its_beginning() -> None:
     span = {"name": "step", "ph": "X", "ts": 2, "dur": 8}
     assert peak_within([span, *events], "step") == 45
     assert peak_within([span], "step") == 0
+
+
+def test_memory_of_a_step_on_a_gpu_starts_from_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: asked.append("before") or 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append("peak") or 175)
+
+    def generate(begin: Callable[[], None], end: Callable[[], None]) -> None:
+        mark = StepMark(begin, end)
+        for token in range(5):  # the prompt, the prefill's, and three decode steps: the second of these is watched
+            asked.append(str(token))
+            mark.put(torch.zeros(1))
+
+    assert _cuda_step_bytes(generate, torch.device("cuda")) == 75
+    assert asked == ["0", "1", "2", "reset", "before", "3", "peak", "4"]
 
 
 def test_clock_leaves_out_what_happens_between_prefill_and_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from .render import title
 from .result import Comparison, Side, Speed
 
 _COLORS = {"Transformers": "#b35806", "with the patch": "#1f6fb4"}
@@ -24,11 +25,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     latency, ratios = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_latency(latency, speed)
     draw_ratios(ratios, speed)
-    sequences = f"{setup.sequences} sequence{'s' if setup.sequences > 1 else ''}"
-    figure.suptitle(
-        f"{Path(setup.model).name}, {setup.dtype} on {setup.device}, {sequences}; upstream: {setup.upstream.summary}",
-        fontsize=10,
-    )
+    figure.suptitle(f"{title(setup)}; upstream ran: {setup.upstream.summary}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
@@ -39,7 +36,7 @@ def draw_latency(axes: Any, speed: Speed) -> None:
         steps = list(zip(*side.step_ms_of_runs, strict=True))  # one tuple of repeats a step
         positions = range(2, len(steps) + 2)  # the first new token is the prefill's
         axes.fill_between(positions, list(map(min, steps)), list(map(max, steps)), alpha=0.2, color=_COLORS[label])
-        axes.plot(positions, list(map(statistics.median, steps)), label=label, color=_COLORS[label])
+        axes.plot(positions, list(map(statistics.median, steps)), label=label, color=_COLORS[label], marker=".")
     axes.set(
         xlabel="new token",
         ylabel="ms per step",
@@ -51,10 +48,10 @@ def draw_latency(axes: Any, speed: Speed) -> None:
 
 def draw_ratios(axes: Any, speed: Speed) -> None:
     """All pairs of equal steps, and the ratio of medians that is reported."""
-    ratio, lowest, highest = speed.ratio, min(speed.step_ratios), max(speed.step_ratios)
+    ratio, lowest, highest = speed.ratio, 0.99 * min(speed.step_ratios), 1.01 * max(speed.step_ratios)
     axes.set_xscale("log")  # twice as fast and half as fast lie equally far from 1
     bins = [lowest * (highest / lowest) ** (i / 30) for i in range(31)]
-    axes.hist(speed.step_ratios, bins=bins, color="#999999", label="each token of each repeat")
+    axes.hist(speed.step_ratios, bins=bins, color="#999999", label="each step of each repeat")
     axes.axvline(1, color="black", linestyle=":", label="equally fast")
     axes.axvspan(ratio.min, ratio.max, alpha=0.2, color=_COLORS["with the patch"])
     label = f"repeats: {ratio.median:.2f}x ({ratio.min:.2f}x to {ratio.max:.2f}x)"
@@ -62,6 +59,6 @@ def draw_ratios(axes: Any, speed: Speed) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="Transformers' time / patched time", ylabel="tokens", title="ratio (above 1: the patch is faster)")
+    axes.set(xlabel="Transformers' time / patched time", ylabel="steps", title="ratio (above 1: the patch is faster)")
     axes.margins(y=0.35)  # room for the legend
     axes.legend(loc="upper right", fontsize=8)

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from .parity import MAX_LAYER_DISTANCE
 from .result import Comparison, Sample, Service, Setup, Speed
 from .statistics import Spread
 
@@ -28,7 +29,7 @@ def render(c: Comparison) -> RenderableType:
 
 def title(s: Setup) -> str:
     """Model and workload in one line."""
-    sequences = f"{s.sequences} sequence{'s' if s.sequences > 1 else ''}"
+    sequences = counted(s.sequences, "sequence")
     return f"{Path(s.model).name}: {s.dtype} on {s.device}, {sequences} of {s.prompt_tokens} + {s.new_tokens} tokens"
 
 
@@ -39,7 +40,7 @@ def verdict(c: Comparison) -> Text:
         return Text("\n".join([*lines, *(f"  {failure}" for failure in c.parity.failures)]), style="bold red")
     agreement, ratio = c.parity.greedy, c.speed.ratio
     text = "Same text" if agreement.identical == agreement.sequences else "Same text but for rounding"
-    repeats = f"({ratio.min:.2f}x to {ratio.max:.2f}x in {c.setup.repeat} repeats)"
+    repeats = f"({ratio.min:.2f}x to {ratio.max:.2f}x in {counted(c.setup.repeat, 'repeat')})"
     if c.setup.repeat < MIN_REPEATS or ratio.min <= 1 <= ratio.max:
         return Text.assemble(
             (f"{text}; no clear difference in speed", "bold yellow"), f": {ratio.median:.2f}x {repeats}"
@@ -70,11 +71,16 @@ def details(c: Comparison) -> Table:
     grid.add_column()
     layer, logits = c.parity.layer_step, c.parity.logits
     grid.add_row("greedy text", greedy(c))
-    grid.add_row("layer steps", f"{layer.relative_rms:.1e} relative RMS apart at most ({layer.steps} compared)")
+    grid.add_row(
+        "layer steps",
+        f"at most {layer.relative_rms:.1e} relative RMS apart; {MAX_LAYER_DISTANCE:.0e} allowed "
+        f"({layer.steps} compared)",
+    )
     grid.add_row(
         "logits, same text",
-        f"{logits.relative_rms:.1e} relative RMS, {logits.max_abs:.1e} at most, KL {logits.mean_kl:.1e}, "
-        f"top-1 agreement {percent(logits.top1_agreement)} ({logits.positions} positions)",
+        f"{logits.relative_rms:.1e} relative RMS apart; {c.parity.max_logits_distance:.0e} allowed; "
+        f"{logits.max_abs:.1e} at most, KL {logits.mean_kl:.1e}, "
+        f"top-1 agreement {percent(logits.top1_agreement)} ({counted(logits.positions, 'position')})",
     )
     if c.speed is not None:
         grid.add_row("served fast", served(c.speed.service))
@@ -110,6 +116,11 @@ def sample_panel(sample: Sample) -> Panel:
         return Panel(text, title="both wrote", title_align="left")
     text.append("\n\nwith the patch:\n", style="dim")
     return Panel(text + Text.assemble((sample.prompt, "bold"), sample.patched), title="text", title_align="left")
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things."""
+    return f"{count} {noun}" + ("s" if count != 1 else "")
 
 
 def spread(s: Spread) -> str:
