@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .caches import DecodeStates
 from .eligibility import decode_states
+from .ops.library import decode_registered
 from .plan import EXCLUDED, PLAN, DecodePlan
 from .reasons import Reason
 
@@ -57,7 +58,10 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
     views = plan.family.project(layer, hidden_states, plan.sizes)
     weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
     if torch.compiler.is_compiling():
-        out = _registered_op()(*views, *states, *weights, plan.eps, plan.gate, plan.backend)
+        tensors = (*views, *states, *weights)
+        out = decode_registered(
+            *tensors, eps=plan.eps, gate=plan.gate, backend=plan.backend, cu_seqlens=None, heads=plan.heads
+        )
     else:
         decode = plan.backend_on(hidden_states.device).decode
         out = decode(*views, *states, *weights, eps=plan.eps, gate=plan.gate, cu_seqlens=None, heads=plan.heads)
