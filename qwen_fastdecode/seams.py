@@ -87,33 +87,42 @@ def check_reviewed(upstream: Upstream, forward: Any) -> None:
 
     `forward` is upstream's function, as it was before we patched the class.
     """
-    foreign = _foreign_patch(forward)
-    if foreign is not None:
-        raise UnknownUpstream(f"{upstream.label}.forward is patched by somebody else: {foreign}. Undo that patch first")
     module = sys.modules[upstream.layer_class.__module__]
     names = module.__name__, upstream.layer_class.__name__
     seams = [seam for seam in load_seams() if (seam.module, seam.layer) == names]
-    differences = [_differing(seam, module, forward) for seam in seams]
-    if not all(differences):
-        return
-    changed = min(differences, key=len)
-    raise UnknownUpstream(
-        f"{module.__name__} of Transformers {transformers.__version__} is not a version that was reviewed: "
-        f"{', '.join(changed)} differs from every reviewed release ({', '.join(seam.transformers for seam in seams)}). "
-        "Upgrade qwen-fastdecode, or install a reviewed release of Transformers"
-    )
+    nearest = min(seams, key=lambda seam: len(_differing(seam, module, forward)))
+    for name, function in _current(nearest, module, forward).items():
+        foreign = None if function is None else _foreign_patch(function)
+        if foreign is not None:
+            raise UnknownUpstream(
+                f"{module.__name__}.{name} is patched by somebody else: {foreign}. Undo that patch first"
+            )
+    changed = _differing(nearest, module, forward)
+    if changed:
+        raise UnknownUpstream(
+            f"{module.__name__} of Transformers {transformers.__version__} is not a version that was reviewed: "
+            f"{', '.join(changed)} differs from every reviewed release "
+            f"({', '.join(seam.transformers for seam in seams)}). "
+            "Upgrade qwen-fastdecode, or install a reviewed release of Transformers"
+        )
 
 
 def _differing(seam: Seam, module: ModuleType, forward: Any) -> list[str]:
-    current = {name: _find(module, name) for name in seam.sources}
-    current[f"{seam.layer}.forward"] = forward
+    current = _current(seam, module, forward)
     return [name for name, reviewed in seam.sources.items() if _source_hash(current[name]) != reviewed]
+
+
+def _current(seam: Seam, module: ModuleType, forward: Any) -> dict[str, Any]:
+    """What the installed Transformers has under the names of a seam."""
+    return {name: _find(module, name) for name in seam.sources} | {f"{seam.layer}.forward": forward}
 
 
 def _find(module: ModuleType, dotted: str) -> Any:
     value: Any = module
     for name in dotted.split("."):
         value = getattr(value, name, None)
+    if type(value).__module__.startswith("kernels."):  # where installed, `kernels` makes functions into modules
+        (value,) = inspect.getclosurevars(type(value).forward).nonlocals.values()
     return value
 
 
