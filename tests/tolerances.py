@@ -1,0 +1,30 @@
+"""Every tolerance of the tests, each with its reason. Errors are relative root-mean-square unless said."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The op computes in float32 over at most a few hundred terms a sum; float32 has 24 bits.
+FLOAT32 = 2e-6
+# A gate's exponential amplifies float32 rounding of its argument: |a| up to 100 loses log2(100) bits more.
+FLOAT32_EXTREME_GATES = 2e-5
+# One rounding to 16 bits at the end: half a unit in the last place is 2^-9 (bf16) and 2^-12 (fp16) at most.
+BFLOAT16_ROUNDING = 2.0**-9
+FLOAT16_ROUNDING = 2.0**-12
+# Distance from upstream's bf16 path, which rounds at every step (measured 5.6e-3 for a fused step that rounds once).
+BFLOAT16_UPSTREAM = 1e-2
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; NaN or infinity where they differ counts as infinite."""
+    actual, expected = actual.double(), expected.double()
+    if not torch.equal(actual.isfinite(), expected.isfinite()):
+        return float("inf")
+    difference = torch.where(actual.isfinite(), actual - expected, torch.zeros_like(actual))
+    return (difference.norm() / expected[expected.isfinite()].norm().clamp_min(1e-300)).item()
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What one rounding to `dtype` of a float32 result may cost."""
+    return {torch.bfloat16: BFLOAT16_ROUNDING, torch.float16: FLOAT16_ROUNDING}.get(dtype, FLOAT32)
