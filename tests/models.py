@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.cache_utils import Cache
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
@@ -114,6 +114,13 @@ def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrain
 def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """One of the trained checkpoints, in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(CHECKPOINTS / checkpoint, dtype=dtype).eval()
+
+
+def prompt(checkpoint: str) -> Tensor:
+    """Beginnings of the text that a checkpoint was not trained on: [4, 12]."""
+    text = (CHECKPOINTS / checkpoint / "held_out.txt").read_text(encoding="utf-8")
+    tokens = AutoTokenizer.from_pretrained(CHECKPOINTS / checkpoint)(text, verbose=False)["input_ids"]
+    return torch.tensor(tokens[: 4 * 12]).view(4, 12)
 
 
 def linear_layers(model: nn.Module) -> list[Any]:
