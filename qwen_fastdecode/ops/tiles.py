@@ -1,4 +1,4 @@
-"""The tile table: which tile of the state a GPU works on. The data are `tiles.toml` and the user's own tuning."""
+"""The tile table: how a GPU works on the state. The data are `tiles.toml`, and what the user's own GPU measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,21 +25,30 @@ class Tile(NamedTuple):
     max_registers: int = 0  # a thread may use so many, so that more programs fit; 0: as many as it likes
 
 
-def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
-    """The tile for `work` = sequences x key heads on a device: the user's tuned one, else the shipped one.
+class Row(NamedTuple):
+    """A tile, and the largest work (sequences x key heads) that it is for."""
 
-    An architecture that the table does not know uses the rows of the closest older one of its kind.
+    max_work: int
+    tile: Tile
+
+
+def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
+    """The tile for `work` = sequences x key heads on a GPU: the one tuned on that kind of GPU, else the shipped one.
+
+    An architecture that the table lacks takes the rows of the closest older one of its kind.
     """
-    rows = _tuned().get(device_name) or _shipped().get(_known(arch))
-    for row in rows:
-        if work <= row["max_work"]:
-            break
-    return fit(Tile(*(row[field] for field in Tile._fields)), DV)
+    rows = tuned().get(device_name) or shipped()[_closest(arch)]
+    return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
 
 
 def fit(tile: Tile, DV: int) -> Tile:
     """The same tile, no wider than a head."""
     return tile._replace(block_v=min(tile.block_v, power_of_two(DV)))
+
+
+def whole_head(DV: int) -> Tile:
+    """The tile for several tokens a sequence: all columns, 64 elements of a [128, DV] state a thread."""
+    return Tile(power_of_two(DV), max(4, power_of_two(DV) // 16))
 
 
 def candidates(DV: int) -> list[Tile]:
@@ -51,14 +61,9 @@ def candidates(DV: int) -> list[Tile]:
         (whole // 2, 4, 168),
         (whole // 2, 8, 128),
         (whole // 4, 4, 96),
-        (whole // 4, 8, 80),
+        (whole // 4, 8, 96),
     ]
     return [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
-
-
-def whole_head(DV: int) -> Tile:
-    """The tile for several tokens a sequence: all columns, 32 state elements of a [128, DV] head a thread."""
-    return Tile(power_of_two(DV), max(4, power_of_two(DV) // 8))
 
 
 def power_of_two(n: int) -> int:
@@ -66,32 +71,42 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+@functools.cache
+def shipped() -> dict[str, list[Row]]:
+    """The rows of each architecture, by rising work."""
+    return _by_key("arch", tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"])
+
+
+@functools.cache
+def tuned() -> dict[str, list[Row]]:
+    """The rows of each kind of GPU that was tuned here. Raises ValueError if the file is not what `tune` wrote."""
+    path = cache_file()
+    try:
+        return _by_key("device", json.loads(path.read_text())["tile"]) if path.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a tile table ({error!r}); delete it or run `qwen-fastdecode tune`") from error
+
+
 def cache_file() -> Path:
     """Where `qwen-fastdecode tune` keeps what it measured."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen_fastdecode" / "tiles.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_fastdecode" / "tiles.json"
 
 
-def _known(arch: str) -> str:
-    table = _shipped()
-    if arch in table:
+def _by_key(key: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["max_work"]):
+        found.setdefault(row[key], []).append(Row(row["max_work"], Tile(*(row[field] for field in Tile._fields))))
+    return found
+
+
+def _closest(arch: str) -> str:
+    if arch in shipped():
         return arch
-    if arch.startswith("gfx"):
-        return "gfx942"
-    known = sorted((int(name[3:]), name) for name in table if name.startswith("sm_"))
-    number = int(arch.removeprefix("sm_"))
-    return max((row for row in known if row[0] <= number), default=known[0])[1]
+    kind = arch.rstrip("0123456789abcdef")  # "sm_", "gfx"
+    known = sorted((int(name.removeprefix(kind)), name) for name in shipped() if name.startswith(kind))
+    return max((row for row in known if row[0] <= _number(arch, kind)), default=known[0])[1]
 
 
-@functools.cache
-def _shipped() -> dict[str, list[dict[str, Any]]]:
-    table: dict[str, list[dict[str, Any]]] = {}
-    for row in tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"]:
-        table.setdefault(row["arch"], []).append(row)
-    return table
-
-
-@functools.cache
-def _tuned() -> dict[str, list[dict[str, Any]]]:
-    path = cache_file()
-    return json.loads(path.read_text()) if path.exists() else {}
+def _number(arch: str, kind: str) -> int:
+    digits = arch.removeprefix(kind)
+    return int(digits) if digits.isdigit() else 0  # AMD's names may end in letters

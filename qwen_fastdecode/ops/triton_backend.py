@@ -127,6 +127,38 @@ def _remember(key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
     return prepared
 
 
+class Launch(NamedTuple):
+    """What a kind of arguments is launched with, beside the arguments themselves."""
+
+    kernel: Any
+    numbers: tuple[int, ...]  # the kernel's runtime integers
+    layout: Layout
+    options: dict[str, Any]  # Triton's own
+    items: int  # of work: sequences x key heads
+
+
+def describe(
+    tensors: tuple[Tensor, ...],
+    eps: float,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    heads: tuple[int, int],
+    tile: Tile | None = None,
+) -> Launch:
+    """The launch for these arguments (in the op's order), whatever device they are on."""
+    _check(tensors, cu_seqlens)
+    s = DecodeShapes.of(tensors[0], tensors[2], tensors[6])
+    one_token = cu_seqlens is None and s.N == s.B
+    key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
+    items = s.B * key_heads
+    tile = tile or _tile(tensors[0].device, items, s.DV, one_token)
+    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile)
+    if not one_token and layout.TILES > 1:
+        raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
+    kernel = decode_token if one_token else decode_tokens
+    return Launch(kernel, _numbers(s, tensors, items), layout, _options(tile), items)
+
+
 def _prepare(
     tensors: tuple[Tensor, ...],
     eps: float,
@@ -136,25 +168,13 @@ def _prepare(
     tile: Tile | None,
 ) -> _Prepared:
     """Compiles the kernel for one kind of arguments; returns what launches it."""
-    q, v, conv_state = tensors[0], tensors[2], tensors[6]
-    device = v.device
-    _check(tensors, cu_seqlens)
-    s = DecodeShapes.of(q, v, conv_state)
-    one_token = cu_seqlens is None and s.N == s.B
-    key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
-    items = s.B * key_heads
-    tile = tile or _tile(device, items, s.DV, one_token)
-    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile)
-    if not one_token and layout.TILES > 1:
-        raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
-    kernel = decode_token if one_token else decode_tokens
-    numbers = _numbers(s, tensors, items)
-    options = _options(tile)
+    kernel, numbers, layout, options, items = describe(tensors, eps, gate, cu_seqlens, heads, tile)
+    device = tensors[0].device
     grid = (min(items, _max_programs(device)), 1, 1)
     if INTERPRETED:
         return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
     with torch.cuda.device(device):
-        out = v.new_empty(0)
+        out = tensors[2].new_empty(0)
         compiled = kernel.warmup(*tensors, cu_seqlens, out, *numbers, layout, grid=grid, **options)
         run = compiled[grid]
 

@@ -1,0 +1,103 @@
+"""The launcher: grid, addresses, what it refuses, what it keeps between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from triton_step import Step
+
+from qwen_fastdecode.ops import triton_backend
+from qwen_fastdecode.ops.tiles import Tile
+from qwen_fastdecode.ops.triton_backend import unavailable_reason
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """To set triton_backend.INTERPRETED_PROGRAMS, the grid's bound."""
+    triton_backend._prepared.clear()
+    yield monkeypatch
+    triton_backend._prepared.clear()
+
+
+@pytest.mark.parametrize("step", [{}, {"T": 2}], ids=str)
+def test_a_program_takes_several_items(step: dict, programs: pytest.MonkeyPatch) -> None:
+    """More work than programs: the result is the same, bit for bit, however the work is dealt out."""
+    results = []
+    for bound in (1, 4, 100):  # of 10 items
+        programs.setattr(triton_backend, "INTERPRETED_PROGRAMS", bound)
+        triton_backend._prepared.clear()
+        s = Step(B=5, **step)
+        results.append([s.run(), *s.bits()])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
+    """No batch can pass a limit of the grid: past the bound, programs take several items."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    programs.setattr(triton_backend, "decode_token", Kernel())
+    for B in (1, 5000):
+        step = Step(B=1)
+        step.conv_state = step.conv_state.expand(B, -1, -1)
+        step.recurrent_state = step.recurrent_state.expand(B, -1, -1, -1)
+        for name in "qkvzba":
+            setattr(step, name, getattr(step, name).expand(B, *[-1] * (getattr(step, name).dim() - 1)))
+        step.run()
+    assert grids == [(2, 1, 1), (triton_backend.INTERPRETED_PROGRAMS, 1, 1)]
+
+
+def far_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """x with its first dimension `stride` elements apart; memory is reserved, and touched only where x lies."""
+    storage = torch.UntypedStorage((stride * (len(x) - 1) + x[0].numel()) * x.element_size())
+    far = torch.empty(0, dtype=x.dtype).set_(storage).as_strided(x.shape, (stride, *x[0].contiguous().stride()))
+    return far.copy_(x)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "z", "b", "a", "conv_state", "recurrent_state"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_addresses_past_two_to_the_31(name: str, T: int) -> None:
+    """A stride fits in 31 bits; its product with the sequence or the token does not."""
+    sizes = {"B": 3 if T == 1 or name.endswith("state") else 1, "HK": 1, "R": 1, "T": T, "state_dtype": torch.bfloat16}
+    near, far = Step(**sizes), Step(**sizes)
+    setattr(far, name, far_apart(getattr(far, name), 2**30 + 8))
+    assert torch.equal(far.run(), near.run())
+    assert torch.equal(far.conv_state, near.conv_state)
+    assert torch.equal(far.recurrent_state, near.recurrent_state)
+
+
+def test_refuses_what_it_cannot_compute() -> None:
+    step = Step()
+    step.q = step.q.double()
+    with pytest.raises(ValueError, match="computes in float32: got a float64 argument"):
+        step.run()
+    step = Step()
+    step.recurrent_state = step.recurrent_state.transpose(2, 3)
+    with pytest.raises(ValueError, match=r"recurrent_state: got strides .*, expected contiguous heads \[DK, DV\]"):
+        step.run()
+    step = Step()
+    step.A_log = torch.zeros(8)[::2]
+    with pytest.raises(ValueError, match="A_log: got stride 2, expected 1"):
+        step.run()
+    with pytest.raises(ValueError, match="tile: got block_v 16, expected all 32 columns"):
+        Step(DV=32, T=2).run(Tile(16, 4))
+
+
+def test_availability() -> None:
+    assert unavailable_reason(torch.device("cpu")) is None  # interpreted
+    assert "on the CPU only" in unavailable_reason(torch.device("cuda"))
+
+
+def test_launches_kept_are_bounded(programs: pytest.MonkeyPatch) -> None:
+    programs.setattr(triton_backend, "MAX_PREPARED", 2)
+    for eps in (1e-6, 2e-6, 3e-6):
+        step = Step(B=1, HK=1)
+        triton_backend.decode_triton(*step.tensors, **{**step.options, "eps": eps})
+    assert 1 <= len(triton_backend._prepared) <= 2
