@@ -75,8 +75,10 @@ def test_bfloat16_is_within_the_gate(name: str) -> None:
 
 def test_wrong_output_is_red_and_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     break_backend(monkeypatch, lambda out, conv, recurrent: out * 1.02)
-    result = compare(*load(NAMES[0], torch.bfloat16), PROMPTS, FEW)
+    runs: list[str] = []
+    result = compare(*load(NAMES[0], torch.bfloat16), PROMPTS, FEW, runs.append)
     assert result.speed is None
+    assert runs[-1] == "logits, patched"  # nothing was timed
     assert result.parity.failures[0].startswith("a layer step (model.layers.")
     assert "output) differs by 2." in result.parity.failures[0]
 

@@ -105,14 +105,15 @@ def report(comparison: Comparison, json_file: Path | None, plot_file: Path | Non
     from .render import as_json, render
 
     console = Console()
+    plain: dict[str, Any] = {"style": "dim", "soft_wrap": True, "markup": False}  # a path is no markup
     console.print(render(comparison))
     if json_file:
         json_file.write_text(json.dumps(as_json(comparison), indent=2) + "\n", encoding="utf-8")
-        console.print(f"Everything measured: {json_file}", style="dim", soft_wrap=True)
+        console.print(f"Everything measured: {json_file}", **plain)
     if plot_file and comparison.speed is None:
         print("no plot: it would claim a speed", file=sys.stderr)
     elif plot_file:
         from .plot import draw
 
         draw(comparison, plot_file)
-        console.print(f"Latency of every token: {plot_file}", style="dim", soft_wrap=True)
+        console.print(f"Latency of every token: {plot_file}", **plain)

@@ -41,6 +41,7 @@ class Clock(BaseStreamer):
         self._decode_start = 0.0
 
     def put(self, value: Tensor) -> None:
+        """Tokens have arrived."""
         self.arrivals.append(perf_counter())
         if len(self.arrivals) == 2:
             if self._after_prefill is not None:
@@ -52,10 +53,12 @@ class Clock(BaseStreamer):
 
     @property
     def prefill_ms(self) -> float:
+        """From the prompt to the first token."""
         return 1e3 * (self.arrivals[1] - self.arrivals[0])
 
     @property
     def step_ms(self) -> list[float]:
+        """Of every later token."""
         return [1e3 * (after - before) for before, after in pairwise([self._decode_start, *self.arrivals[2:]])]
 
 
@@ -67,6 +70,7 @@ class ForcedTokens(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, vocabulary] that leave one token possible."""
         forced = torch.full_like(scores, float("-inf"))
         return forced.scatter_(1, self.tokens[:, input_ids.shape[1] - self.prompt_length, None], 0.0)
 

@@ -42,6 +42,7 @@ class LayerwiseCheck:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """While it lasts, each decode step of the layers costs one step of upstream's and a copy of the states more."""
         with ExitStack() as stack:
             for name, layer in self._layers.items():
                 stack.enter_context(layer.register_forward_pre_hook(self._copy_states, with_kwargs=True))

@@ -19,10 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .generation import Batch
 
-_FIRST, _LAST = (
-    3,
-    4,
-)  # arrivals (the prompt is the first) between which a step is watched: not the first one, it warms up
+# Arrivals (the prompt is the first) between which a step is watched; not the first step, which warms up.
+_FIRST, _LAST = 3, 4
 MarkedRun = Callable[[Callable[[], None], Callable[[], None]], None]
 _STEP = "watched decode step"
 
@@ -35,6 +33,7 @@ class StepMark(BaseStreamer):
         self._arrivals = 0
 
     def put(self, value: Tensor) -> None:
+        """Tokens have arrived."""
         self._arrivals += 1
         self._at.get(self._arrivals, lambda: None)()
 

@@ -70,6 +70,7 @@ class Service:
 
     @property
     def fast_share(self) -> float:
+        """Of all steps, between 0 and 1."""
         return self.fast_steps / max(1, self.fast_steps + sum(self.fallbacks.values()))
 
 
@@ -94,6 +95,7 @@ class Speed:
 
     @property
     def ratio(self) -> Spread:
+        """Over the repeats."""
         return Spread.of(self.ratios)
 
 

@@ -52,6 +52,7 @@ class Sides:
         return results[False], results[True]
 
     def generate(self) -> Run:
+        """Greedy text of the batch."""
         return generate(self.model, self.batch, self.settings.new_tokens)
 
     def timed_run(self) -> tuple[Run, Service]:
@@ -74,6 +75,7 @@ class Sides:
         return check.distance, LogitsDistance.between(upstream, patched)
 
     def step_bytes(self) -> int:
+        """Peak memory of a decode step."""
         return decode_step_bytes(self.model, self.batch)
 
 
