@@ -1,31 +1,34 @@
 #!/usr/bin/env bash
 # The proof on a GPU, from the repository's root: correctness, compute-sanitizer, tiles, speed; then one table.
 #
-#   bash benchmarks/gpu_check.sh [--out FOLDER] [--dry-run] [SECTION...]
+#   bash benchmarks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
 #
-# Sections: correctness sanitize tiles speed (all of them by default), and generate (end to end, by name only).
-# --dry-run runs the same code on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on
-# PYTHONPATH is used. Exit code 1 if any section found something wrong; the others still run.
+# Sections: correctness speed sanitize tiles (all of them by default, in this order), and generate (end to end, by
+# name only). All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs
+# the same code on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on PYTHONPATH is used.
+# Exit code 1 if any section found something wrong or was cut short; the others still run.
 set -u
 cd "$(dirname "$0")/.."
-out=benchmarks/results/$(date -u +%Y-%m-%d) dry=() sections=()
+out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sections=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift ;;
+    --limit) limit=${2:?--limit needs seconds}; shift ;;
     --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
     correctness | sanitize | tiles | speed | generate) sections+=("$1") ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
   shift
 done
-[ ${#sections[@]} -gt 0 ] || sections=(correctness sanitize tiles speed)
+[ ${#sections[@]} -gt 0 ] || sections=(correctness speed sanitize tiles)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 python=${PYTHON:-python3} failed=()
 mkdir -p "$out"
 for section in "${sections[@]}"; do
   start=$SECONDS
   echo "== $section"
-  "$python" "benchmarks/gpu_$section.py" --out "$out" "${dry[@]}" || failed+=("$section")
+  left=$((limit - SECONDS > 1 ? limit - SECONDS : 1))
+  timeout -k 5 "$left" "$python" "benchmarks/gpu_$section.py" --out "$out" "${dry[@]}" || failed+=("$section ($?)")
   echo "== $section took $((SECONDS - start)) s"
 done
 "$python" benchmarks/gpu_report.py --out "$out" || failed+=(report)

@@ -14,8 +14,9 @@ from multiprocessing import get_context
 
 import torch
 from gpu_clock import Replay
-from gpu_report import progress, shown, write_section
+from gpu_report import progress, write_section
 from gpu_step import Shape, Step, check, compare, pick, random_step
+from gpu_table import shown
 
 from qwen_fastdecode.ops import tiles
 from qwen_fastdecode.ops.reference import decode_reference
@@ -40,7 +41,7 @@ def cases(dry_run: bool) -> list[Case]:
     """All of them; in a dry run, of a size that the interpreter does in a second."""
     found = [*_tile_cases(), *_shape_cases(), *_device_cases()]
     if dry_run:
-        return [replace(case, shape=_shrink(case.shape), tile=case.tile and tiles.fit(case.tile, 16)) for case in found]
+        return [replace(case, shape=_shrink(case.shape), tile=case.tile and case.tile._replace(block_v=16)) for case in found]
     return found
 
 
@@ -72,6 +73,8 @@ def _shape_cases() -> Iterator[Case]:
     shapes = {
         **{f"R{R} {layout}": Shape(R=R, layout=layout) for R in (1, 2, 3, 4) for layout in ("split", "grouped")},
         **{f"R{R} bf16 state": Shape(R=R, state_dtype=BF16) for R in (1, 3, 4)},
+        **{f"R{R} batch 32": Shape(R=R, B=32) for R in (1, 2, 3, 4)},  # the table has another tile for it
+        **{f"R{R} batch 32 bf16 state": Shape(R=R, B=32, state_dtype=BF16) for R in (1, 2, 3, 4)},
         "fp16": Shape(dtype=FP16),
         "sigmoid gate": Shape(gate="sigmoid"),
         "misaligned views": Shape(guard=3),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 from gpu_clock import host_us
-from gpu_layers import Stack, Workload
+from gpu_layers import Stack, Workload, installed_kernels, pytorch_functions
 
 import qwen_fastdecode
 from qwen_fastdecode.ops import gated_delta_decode
@@ -38,9 +38,9 @@ def host_times(device: torch.device, D: int) -> dict[str, float]:
     }
     with qwen_fastdecode.patched(stack, backend="triton"):
         times["patched layer, without projections"] = _time(layer, device)
-    with stack.pytorch_reference():
+    with pytorch_functions(stack.source):
         times["upstream layer, PyTorch, without projections"] = _time(layer, device, FEW)
-    if stack.has_installed_kernels():
+    if installed_kernels(stack.source):
         times["upstream layer, installed kernels, without projections"] = _time(layer, device, FEW)
     return times
 

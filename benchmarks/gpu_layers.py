@@ -119,26 +119,25 @@ class Stack(nn.Module):
         states = self.cache.layers[i].conv_states[0], self.cache.layers[i].recurrent_states[0]
         return Step((*views, *states, *weights), options)
 
-    @contextmanager
-    def pytorch_reference(self) -> Iterator[None]:
-        """Upstream without flash-linear-attention and causal-conv1d, installed or not: its own PyTorch functions."""
-        kept = {name: getattr(self.source, name) for name in KERNEL_FUNCTIONS}
+
+@contextmanager
+def pytorch_functions(source: ModuleType) -> Iterator[None]:
+    """Upstream's module without kernels of other packages, installed or not: its own PyTorch functions."""
+    kept = {name: getattr(source, name) for name in KERNEL_FUNCTIONS}
+    for name, function in kept.items():
+        setattr(source, name, getattr(function, "__wrapped__", function))
+    try:
+        yield
+    finally:
         for name, function in kept.items():
-            setattr(self.source, name, getattr(function, "__wrapped__", function))
-        try:
-            yield
-        finally:
-            for name, function in kept.items():
-                setattr(self.source, name, function)
+            setattr(source, name, function)
 
-    def has_installed_kernels(self) -> bool:
-        """Whether upstream found another package's kernels for any part of the step."""
-        return any(function.partition(".")[0] != "transformers" for function in self.implementations().split(", "))
 
-    def implementations(self) -> str:
-        """Which functions an unpatched step runs right now, module and name."""
-        functions = [innermost(getattr(self.source, name)) for name in KERNEL_FUNCTIONS]
-        return ", ".join(f"{function.__module__}.{function.__qualname__}" for function in functions)
+def installed_kernels(source: ModuleType) -> list[str]:
+    """The functions of other packages that an unpatched step runs; none where upstream found none."""
+    functions = [innermost(getattr(source, name)) for name in KERNEL_FUNCTIONS]
+    names = [f"{function.__module__}.{function.__qualname__}" for function in functions]
+    return names if any(name.partition(".")[0] != "transformers" for name in names) else []
 
 
 def how_many_layers(w: Workload, device: torch.device) -> int:

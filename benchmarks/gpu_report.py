@@ -1,22 +1,28 @@
-"""Where results go: one JSON a section, then all of them with the machine's description as one JSON and one table."""
+"""Where results go: a JSON a section, with the description of the machine, then all of them as one table."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from gpu_table import markdown
 from rich.console import Console
 from rich.progress import track
 
+from qwen_fastdecode.ops import triton_kernel
+
 Item = TypeVar("Item")
 OURS = ("torch", "triton", "transformers")
+KERNEL = Path(triton_kernel.__file__)  # by its hash, as a copy of the tree may come without its history
 PEERS = ("flash-linear-attention", "causal-conv1d", "vllm", "sglang", "flashinfer-python")
 
 
@@ -25,17 +31,13 @@ def progress(items: Iterable[Item], description: str, total: int) -> Iterator[It
     yield from track(items, description, total=total, console=Console(stderr=True))
 
 
-def write_section(folder: str, name: str, data: Any) -> None:
-    """One section's results as `folder`/`name`.json."""
+def write_section(folder: str, name: str, results: Any) -> None:
+    """One section's results, with the machine that they are of, as `folder`/`name`.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (Path(folder) / f"{name}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 
 
-def shown(tile: Iterable[int]) -> str:
-    """A tile in few letters: block_v/num_warps/num_stages/max_registers."""
-    return "/".join(map(str, tile))
-
-
+@cache
 def machine() -> dict[str, str]:
     """Device, driver, versions, revision: what a number is worth nothing without."""
     facts = {"python": platform.python_version(), "processor": _processor()}
@@ -44,8 +46,9 @@ def machine() -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
-    facts["revision"] = _command("git", "rev-parse", "HEAD") or "unknown"
-    facts["date"] = _command("date", "-u", "+%Y-%m-%d %H:%M UTC")
+    facts["revision"] = _command("git", "rev-parse", "--short", "HEAD") or "unknown"
+    facts["kernel"] = hashlib.sha256(KERNEL.read_bytes()).hexdigest()[:12]
+    facts["date"] = _command("date", "-u", "+%Y-%m-%d")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
@@ -69,15 +72,15 @@ def _command(*words: str) -> str:
 
 
 def main() -> None:
-    """Joins the sections of a folder into results.json and results.md, and prints the table."""
+    """Joins the sections of a folder into one table, results.md, and prints it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", required=True, help="folder with the sections' JSON files")
-    parser.add_argument("--dry-run", action="store_true", help="accepted, and changes nothing")
     folder = Path(parser.parse_args().out)
-    paths = [path for path in sorted(folder.glob("*.json")) if path.stem != "results"]
-    sections = {path.stem: json.loads(path.read_text()) for path in paths}
-    facts = machine()
-    write_section(str(folder), "results", {"machine": facts, **sections})
+    sections = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    machines = {json.dumps(section["machine"]): section["machine"] for section in sections.values()}
+    text = markdown(list(machines.values()), {name: section["results"] for name, section in sections.items()})
+    (folder / "results.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

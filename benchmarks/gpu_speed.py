@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from gpu_clock import Replay, copy_bandwidth, device_us, wall_us
 from gpu_host import host_times
-from gpu_layers import BATCHES, Stack, Workload, how_many_layers, release_memory
+from gpu_layers import BATCHES, Stack, Workload, how_many_layers, installed_kernels, pytorch_functions, release_memory
 from gpu_peers import PEERS
 from gpu_report import progress, write_section
 from gpu_step import check_picked
+from gpu_table import INSTALLED, OURS, PYTORCH
 
 import qwen_fastdecode
 
 # Upstream rounds to bf16 after every operation: 5.4e-3 over a layer (HV 32, D 128).
 BASELINE_LIMIT = 2e-2
-OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Contestant:
 
 CONTESTANTS = {
     OURS: Contestant(lambda stack: qwen_fastdecode.patched(stack, backend="triton"), limit=None),
-    PYTORCH: Contestant(Stack.pytorch_reference),
+    PYTORCH: Contestant(lambda stack: pytorch_functions(stack.source)),
     INSTALLED: Contestant(lambda stack: nullcontext()),
 }
 
@@ -55,10 +55,10 @@ def workloads(dry_run: bool) -> list[tuple[Workload, bool]]:
 def measure(w: Workload, baselines: bool, device: torch.device, bandwidth: float) -> dict[str, Any]:
     """A row: microseconds a layer of each contestant, by graph replay and eagerly, or why it has no speed."""
     stack = Stack(w, how_many_layers(w, device), device)
-    row: dict[str, Any] = {**w.label(), "layers": len(stack.layers), "bytes": w.bytes}
+    row: dict[str, Any] = {**w.label(), "layers": len(stack.layers), "bytes": w.bytes, "state_bytes": w.state_bytes}
     row["floor_us"] = 1e6 * 2 * w.state_bytes / bandwidth
     row["graph_us"], row["eager_us"], row["errors"], row["no_speed"] = {}, {}, {}, {}
-    row["upstream_runs"] = stack.implementations()
+    row["installed_kernels"] = installed_kernels(stack.source)
     for name, contestant in _contestants(stack, baselines):
         try:
             with contestant.enter(stack):
@@ -75,7 +75,7 @@ def _contestants(stack: Stack, baselines: bool) -> Iterator[tuple[str, Contestan
     if not baselines:
         return
     yield PYTORCH, CONTESTANTS[PYTORCH]
-    if stack.has_installed_kernels():
+    if installed_kernels(stack.source):
         yield INSTALLED, CONTESTANTS[INSTALLED]
     for name, calls in PEERS.items():
         yield name, Contestant(lambda stack: nullcontext(), calls)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from gpu_clock import Replay, copy_bandwidth, device_us
-from gpu_layers import BATCHES, Stack, Workload, how_many_layers, release_memory
-from gpu_report import progress, shown, write_section
+from gpu_layers import Stack, Workload, how_many_layers, release_memory
+from gpu_report import progress, write_section
 from gpu_step import check_picked
+from gpu_table import shown
 from triton.errors import TritonError
 
 from qwen_fastdecode.ops import tiles, triton_backend
@@ -23,19 +24,19 @@ def workloads(dry_run: bool) -> list[Workload]:
     if dry_run:
         return [Workload(B, 4, HK=2, D=16) for B in (1, 2)]
     return [
-        *(Workload(B, 32) for B in BATCHES),
-        *(Workload(B, HV) for HV in (16, 48, 64) for B in (1, 64, 256)),
-        *(Workload(B, 32, state_dtype=torch.bfloat16) for B in (1, 64, 256)),
+        *(Workload(B, 32) for B in (1, 8, 32, 64, 256)),
+        *(Workload(B, HV) for HV in (16, 48, 64) for B in (1, 256)),
+        *(Workload(B, 32, state_dtype=torch.bfloat16) for B in (1, 256)),
     ]
 
 
 def measure(w: Workload, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
-    """A row for each candidate: microseconds a layer, and how often the floor (state read and written once) that is."""
+    """A row for the table's tile and each candidate: microseconds a layer, and how many times the floor that is."""
     stack = Stack(w, how_many_layers(w, device), device)
     floor = 1e6 * 2 * w.state_bytes / bandwidth
     rows = []
-    for tile in tiles.candidates(w.D):
-        row = {**w.label(), "tile": list(tile), "floor_us": floor, "layers": len(stack.layers)}
+    for tile in (None, *tiles.candidates(w.D)):
+        row = {**w.label(), "tile": shown(tile), "floor_us": floor, "layers": len(stack.layers)}
         try:
             us = _time(stack, tile, device)
         except (AssertionError, RuntimeError, TritonError) as error:  # wrong, or does not compile: no speed for it
@@ -47,7 +48,7 @@ def measure(w: Workload, device: torch.device, bandwidth: float) -> list[dict[st
     return rows
 
 
-def _time(stack: Stack, tile: Tile, device: torch.device) -> float:
+def _time(stack: Stack, tile: Tile | None, device: torch.device) -> float:
     steps = [stack.step(i) for i in range(len(stack.layers))]
     replay = Replay([partial(step.run, partial(decode_triton, tile=tile)) for step in steps], device)
     check_picked(steps[0], replay.first_output)
@@ -70,17 +71,6 @@ def measure_grid(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
-    """The three best tiles of each workload."""
-    lines = []
-    for key in dict.fromkeys((row["HV"], row["state"], row["batch"]) for row in rows):
-        mine = [row for row in rows if (row["HV"], row["state"], row["batch"]) == key and "us" in row]
-        best = sorted(mine, key=lambda row: row["us"])[:3]
-        text = "  ".join(f"{shown(row['tile'])}: {row['us']:.1f}us {row['of_floor']:.2f}x" for row in best)
-        lines.append(f"HV {key[0]:3} {key[1]:8} batch {key[2]:4} | {text}")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
@@ -93,13 +83,13 @@ def main() -> int:
     with torch.no_grad():
         for w in progress(todo, "tiles", len(todo)):
             rows += measure(w, device, bandwidth)
+            write_section(arguments.out, "tiles", {"copy_bandwidth": bandwidth, "rows": rows})
         grid = measure_grid(device, arguments.dry_run)
     write_section(arguments.out, "tiles", {"copy_bandwidth": bandwidth, "rows": rows, "grid": grid})
-    print("best tiles (block_v/num_warps/num_stages/max_registers: time a layer, of the floor)\n" + summary(rows))
     print("grid, programs a multiprocessor: " + "  ".join(f"{r['programs_per_sm']}: {r['us']:.1f}us" for r in grid))
     wrong = [row for row in rows if "error" in row]
     for row in wrong:
-        print(f"NO SPEED tile {shown(row['tile'])} HV {row['HV']} batch {row['batch']}: {row['error'][:150]}")
+        print(f"NO SPEED tile {row['tile']} HV {row['HV']} batch {row['batch']}: {row['error'][:150]}")
     return 1 if wrong else 0
 
 

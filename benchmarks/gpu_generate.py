@@ -1,0 +1,126 @@
+"""Tokens per second of `generate` with and without the patch, on random-weight models of real shapes."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_layers import installed_kernels, pytorch_functions, release_memory
+from gpu_models import ModelShape, build, dense, experts
+from gpu_report import progress, write_section
+from torch._dynamo.exc import TorchDynamoException
+
+import qwen_fastdecode
+from qwen_fastdecode.compare.generation import Batch, forced_logits, generate
+
+BATCHES = (1, 32, 256)
+PROMPT, NEW_TOKENS, ROUNDS, FORCED = 16, 24, 2, 5
+COMPILED_LAYERS = 4  # compiling takes seconds a layer, and the ratio is what is asked for
+# bf16 roundings of all layers add up to some percent of the logits; one layer computed wrongly changes all of them.
+LOGITS_LIMIT = 0.15
+
+Row = dict[str, Any]
+Enter = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run a model on one batch."""
+
+    tokens_per_second: float
+    logits: torch.Tensor  # [B, decode steps, vocabulary] of the same forced tokens on every side
+
+
+def measure(shape: ModelShape, batches: tuple[int, ...], compiled: bool, device: torch.device) -> Iterator[Row]:
+    """Rows of one model: a batch each, unpatched with each of upstream's implementations, and patched."""
+    model = build(shape, device, torch.bfloat16)
+    model.generation_config.cache_implementation = "static" if compiled else None
+    source = sys.modules[type(_first_layer(model)).__module__]
+    sides: dict[str, Enter] = {"PyTorch": partial(pytorch_functions, source)}
+    if installed_kernels(source):
+        sides["installed"] = nullcontext
+    for size in batches:
+        batch = _prompts(model, size, device)
+        tokens = torch.randint_like(batch["input_ids"][:, :FORCED], model.config.get_text_config().vocab_size)
+        ours = _attempt(model, batch, tokens, partial(_patched, model, device))
+        for name, enter in sides.items():
+            row = {"model": shape.name, "mode": "static cache, compiled" if compiled else "eager", "batch": size}
+            yield {**row, "kernels": name, **_compare(_attempt(model, batch, tokens, enter), ours)}
+
+
+def _attempt(model: Any, batch: Batch, tokens: torch.Tensor, enter: Enter) -> Side | str:
+    """One side, or why it did not run. Its speed is that of the median decode step."""
+    torch._dynamo.reset()
+    steps = []
+    try:
+        with enter():
+            logits = forced_logits(model, batch, tokens)  # compiles and warms up
+            for _ in range(ROUNDS):
+                steps += generate(model, batch, NEW_TOKENS).step_ms[2:]
+    except (AssertionError, RuntimeError, TorchDynamoException) as error:
+        return f"{type(error).__name__}: {error}"[:300]
+    return Side(1e3 * len(tokens) / statistics.median(steps), logits)
+
+
+def _compare(before: Side | str, after: Side | str) -> Row:
+    """Both speeds, unless the two sides say different things."""
+    if isinstance(before, str):
+        return {"error": f"unpatched: {before}"}
+    if isinstance(after, str):
+        return {"error": f"patched: {after}"}
+    distance = ((after.logits - before.logits).norm() / before.logits.norm()).item()
+    if not distance <= LOGITS_LIMIT:
+        return {"error": f"no speed: the logits differ by {distance:.2e}"}
+    return {"before": before.tokens_per_second, "after": after.tokens_per_second, "logits": distance}
+
+
+@contextmanager
+def _patched(model: Any, device: torch.device) -> Iterator[None]:
+    """The patch, by the backend that this device is for; raises AssertionError if it served nothing in eager mode."""
+    with qwen_fastdecode.patched(model, backend="triton" if device.type == "cuda" else "torch"):
+        yield
+        status = qwen_fastdecode.status(model)
+        eager = model.generation_config.cache_implementation is None
+        assert status.fast_steps or not eager, f"no step was served fast:\n{status}"
+
+
+def _prompts(model: Any, size: int, device: torch.device) -> Batch:
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (size, PROMPT), device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _first_layer(model: Any) -> Any:
+    return next(module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU, by the torch backend")
+    dry_run = (arguments := parser.parse_args()).dry_run
+    device = torch.device("cpu" if dry_run else "cuda")
+    todo = [
+        (dense(4 if dry_run else 32, dry_run), (1, 2) if dry_run else BATCHES, False),
+        (experts(4 if dry_run else 8, dry_run), (1,) if dry_run else BATCHES, False),
+        (dense(4 if dry_run else COMPILED_LAYERS, dry_run), (1,) if dry_run else (1, 256), True),
+    ]
+    rows: list[Row] = []
+    with torch.no_grad():
+        for shape, batches, compiled in progress(todo, "generate", len(todo)):
+            for row in measure(shape, batches, compiled, device):
+                rows.append(row)
+                write_section(arguments.out, "generate", rows)
+            torch._dynamo.reset()
+            release_memory(device)
+    return 1 if any("error" in row for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
