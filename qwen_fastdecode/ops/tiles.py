@@ -57,11 +57,10 @@ def candidates(DV: int) -> list[Tile]:
     shapes = [
         (whole, 4, 0),
         (whole, 8, 128),
-        (whole, 16, 0),
+        (whole // 2, 2, 0),
         (whole // 2, 4, 168),
-        (whole // 2, 8, 128),
+        (whole // 4, 2, 0),
         (whole // 4, 4, 96),
-        (whole // 4, 8, 96),
     ]
     return [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
 
