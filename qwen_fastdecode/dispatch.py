@@ -45,7 +45,7 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-@torch.compiler.disable
+@torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it
 def _adopt(layer: Any) -> DecodePlan | None:
     return None if adopt is None else adopt(layer)
 

@@ -16,6 +16,9 @@ from .plan import DecodePlan
 from .reasons import Reason
 
 KILL_SWITCH = "QWEN_FASTDECODE"
+# The dictionary behind os.environ: Dynamo guards a look-up in it, so that graphs compiled before obey the switch too.
+_ENVIRONMENT: dict[Any, Any] = vars(os.environ)["_data"]
+_SWITCH, _OFF = os.environ.encodekey(KILL_SWITCH), os.environ.encodevalue("0")
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -44,7 +47,7 @@ def decode_states(
 
 
 def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Reason | None:
-    if os.environ.get(KILL_SWITCH) == "0":
+    if _ENVIRONMENT.get(_SWITCH) == _OFF:
         return Reason.SWITCHED_OFF
     if attention_mask is not None:
         return Reason.ATTENTION_MASK
