@@ -114,20 +114,6 @@ def _convolve_token(x0, taps, conv_weight, channel, conv_channel, mask, L: tl.co
 
 
 @triton.jit
-def _convolve_token(x0, taps, conv_weight, channel, conv_channel, mask, L: tl.constexpr):
-    """silu of the convolution of one new token x0, and the four newest inputs, x0 first."""
-    x1, x2, x3, _ = _load_taps(taps, channel, conv_channel, L.tap_stride, L.packed_taps, mask, L.W)
-    w0, w1, w2, w3 = _load_weight(conv_weight, channel, mask, L)
-    return _convolve(x0, x1, x2, x3, w0, w1, w2, w3, L.W), x0, x1, x2, x3
-
-
-@triton.jit
-def _normalise(x):
-    """x / |x|, the epsilon inside the square root as Transformers has it."""
-    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
-
-
-@triton.jit
 def _load_qk(q, k, which, cell, mask):
     """q and k of one token and head as a block [2, DK]; `which` is 0 on q's row and 1 on k's."""
     q_mask = which == 0
