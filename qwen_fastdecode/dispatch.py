@@ -19,6 +19,7 @@ from .reasons import Reason
 adopt: Callable[[Any], DecodePlan | None] | None = None
 
 
+@functools.cache  # copies of a model with hooks stay bound to it: a later patch must know it again
 def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A plain function to install over `original` (Dynamo would trace through a wrapper object to the original)."""
 

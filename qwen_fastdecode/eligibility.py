@@ -86,9 +86,10 @@ def _is_hooked(module: nn.Module) -> bool:
     if module._forward_pre_hooks or module._forward_hooks:
         return True
     hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        return "forward" in module.__dict__
-    return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+    if hook is not None:
+        return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+    forward = module.__dict__.get("forward")  # the class's own is what accelerate leaves when it takes a hook away
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:

@@ -116,8 +116,8 @@ def touched_layers() -> list[tuple[nn.Module, type]]:
 
 def bypass(layer: nn.Module, layer_class: type) -> str | None:
     """Why a call of `layer` would not reach the dispatcher if its class had it; None when it would."""
-    original, patch = original_forward(layer_class), _patched.get(layer_class)
-    ours = {original} if patch is None else {original, patch.dispatcher}
+    original = original_forward(layer_class)
+    ours = original, make_dispatcher(original)
     resolved = wrapt.resolve_path(type(layer), "forward")[2]
     if resolved not in ours:
         return f"{type(layer).__qualname__} overrides forward"
