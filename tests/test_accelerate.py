@@ -1,0 +1,135 @@
+"""accelerate's hooks keep bound copies of a layer's forward, and take weights away between calls."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from models import LINEAR, build, generate, linear_layers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import qwen_fastdecode as qf
+
+NEW = 5
+STEPS = LINEAR * (NEW - 1)
+
+
+def dispatch(model: PreTrainedModel) -> None:
+    """Hooks on every module, as a device map of several devices puts them."""
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+
+
+def offload(model: PreTrainedModel) -> None:
+    """Weights on the meta device between calls."""
+    cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def kept_forwards(model: PreTrainedModel) -> set[Any]:
+    """The functions that the hooks call."""
+    return {vars(layer)["_old_forward"].__func__ for layer in linear_layers(model)}
+
+
+@pytest.fixture
+def upstream() -> Any:
+    return vars(type(linear_layers(build())[0]))["forward"]
+
+
+@pytest.fixture
+def expected() -> Tensor:
+    return generate(build(), NEW)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_hooks_that_were_there_are_taken_along_and_given_back(
+    upstream: Any, expected: Tensor, everything: bool
+) -> None:
+    model = build()
+    dispatch(model)
+    assert kept_forwards(model) == {upstream}
+    assert qf.patch(None if everything else model).covered >= LINEAR
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == STEPS
+    qf.unpatch(None if everything else model)
+    assert kept_forwards(model) == {upstream}
+    assert torch.equal(generate(model, NEW), expected)
+
+
+def test_patch_of_everything_takes_along_hooks_put_on_later(upstream: Any, expected: Tensor) -> None:
+    qf.patch()
+    model = build()
+    dispatch(model)
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == STEPS
+    qf.unpatch()
+    assert kept_forwards(model) == {upstream}
+
+
+def test_hooks_that_came_after_the_patch_are_given_back(upstream: Any, expected: Tensor) -> None:
+    model = build()
+    qf.patch(model)
+    dispatch(model)
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == STEPS
+    qf.unpatch(model)
+    assert kept_forwards(model) == {upstream}
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == 0
+
+
+def test_hooks_removed_under_the_patch(upstream: Any, expected: Tensor) -> None:
+    model = build()
+    dispatch(model)
+    qf.patch(model)
+    remove_hook_from_submodules(model)  # leaves a bound forward on the instance
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == STEPS
+    qf.unpatch(model)
+    assert {vars(layer)["forward"].__func__ for layer in linear_layers(model)} == {upstream}
+    qf.patch(model)
+    generate(model, NEW)
+    assert qf.status(model).fast_steps == STEPS
+
+
+@pytest.mark.parametrize("offloaded_first", [False, True])
+def test_offloaded_weights_are_upstreams_to_load(upstream: Any, expected: Tensor, offloaded_first: bool) -> None:
+    model = build()
+    for act in (offload, qf.patch) if offloaded_first else (qf.patch, offload):
+        act(model)
+    assert linear_layers(model)[0].A_log.device.type == "meta"
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == 0
+    assert qf.status(model).fallbacks == {"more than one token": LINEAR, "hooks on conv1d or norm": STEPS}
+    qf.unpatch(model)
+    assert kept_forwards(model) == {upstream}
+    assert torch.equal(generate(model, NEW), expected)
+
+
+def test_a_layer_on_disk_falls_back_and_the_others_do_not(expected: Tensor, tmp_path: Path) -> None:
+    model = build()
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(LINEAR + 1)}
+    dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    qf.patch(model)
+    assert torch.equal(generate(model, NEW), expected)
+    assert [layer.fast_steps for layer in qf.status(model).layers] == [NEW - 1, 0, NEW - 1]
+
+
+def test_a_copy_with_hooks_is_not_patched_and_can_be(upstream: Any, expected: Tensor) -> None:
+    model = build()
+    dispatch(model)
+    qf.patch(model)
+    twin = copy.deepcopy(model)
+    qf.unpatch(model)
+    assert torch.equal(generate(twin, NEW), expected)
+    assert qf.status(twin).fast_steps == 0
+    qf.patch(twin)
+    generate(twin, NEW)
+    assert qf.status(twin).fast_steps == STEPS
+    qf.unpatch(twin)
+    assert kept_forwards(twin) == {upstream}
