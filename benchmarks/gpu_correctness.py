@@ -41,7 +41,10 @@ def cases(dry_run: bool) -> list[Case]:
     """All of them; in a dry run, of a size that the interpreter does in a second."""
     found = [*_tile_cases(), *_shape_cases(), *_device_cases()]
     if dry_run:
-        return [replace(case, shape=_shrink(case.shape), tile=case.tile and case.tile._replace(block_v=16)) for case in found]
+        return [
+            replace(case, shape=_shrink(case.shape), tile=case.tile and case.tile._replace(block_v=16))
+            for case in found
+        ]
     return found
 
 

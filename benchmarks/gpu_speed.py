@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from gpu_clock import Replay, copy_bandwidth, device_us, wall_us
 from gpu_host import host_times
 from gpu_layers import BATCHES, Stack, Workload, how_many_layers, installed_kernels, pytorch_functions, release_memory
-from gpu_peers import PEERS
+from gpu_peers import check_peer, installed_peers, peer_calls
 from gpu_report import progress, write_section
 from gpu_step import check_picked
 from gpu_table import INSTALLED, OURS, PYTORCH
@@ -24,19 +24,31 @@ import qwen_fastdecode
 BASELINE_LIMIT = 2e-2
 
 
+Calls = list[Callable[[], torch.Tensor]]
+Errors = dict[str, float]
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """A way to run the layers of a stack, entered as a context; `limit` as in `check_picked`."""
+    """A way to run the layers of a stack, entered as a context, and the check of what `run` gives for layer 0."""
 
     enter: Callable[[Stack], AbstractContextManager[Any]]
-    calls: Callable[[Stack], list[Callable[[], torch.Tensor]]] = Stack.calls
-    limit: float | None = BASELINE_LIMIT
+    check: Callable[[Stack, Callable[[], torch.Tensor]], Errors]
+    calls: Callable[[Stack], Calls] = Stack.calls
+
+
+def _check_ours(stack: Stack, run: Callable[[], torch.Tensor]) -> Errors:
+    return check_picked(stack.step(0), run)
+
+
+def _check_upstream(stack: Stack, run: Callable[[], torch.Tensor]) -> Errors:
+    return check_picked(stack.step(0), run, BASELINE_LIMIT)
 
 
 CONTESTANTS = {
-    OURS: Contestant(lambda stack: qwen_fastdecode.patched(stack, backend="triton"), limit=None),
-    PYTORCH: Contestant(lambda stack: pytorch_functions(stack.source)),
-    INSTALLED: Contestant(lambda stack: nullcontext()),
+    OURS: Contestant(lambda stack: qwen_fastdecode.patched(stack, backend="triton"), _check_ours),
+    PYTORCH: Contestant(lambda stack: pytorch_functions(stack.source), _check_upstream),
+    INSTALLED: Contestant(lambda stack: nullcontext(), _check_upstream),
 }
 
 
@@ -60,14 +72,23 @@ def measure(w: Workload, baselines: bool, device: torch.device, bandwidth: float
     row["graph_us"], row["eager_us"], row["errors"], row["no_speed"] = {}, {}, {}, {}
     row["installed_kernels"] = installed_kernels(stack.source)
     for name, contestant in _contestants(stack, baselines):
-        try:
-            with contestant.enter(stack):
-                _measure_one(name, contestant, stack, device, row)
-        except (AssertionError, RuntimeError) as error:
-            row["no_speed"][name] = f"{type(error).__name__}: {error}"[:300]
+        with _reported(row, name), contestant.enter(stack):
+            _measure_one(name, contestant, stack, device, row)
+    for name in installed_peers() if baselines else ():
+        with _reported(row, name):
+            _measure_peer(name, stack, device, row)
     del stack
     release_memory(device)
     return row
+
+
+@contextmanager
+def _reported(row: dict[str, Any], name: str) -> Iterator[None]:
+    """Whatever goes wrong inside costs one contestant its speed, and is said."""
+    try:
+        yield
+    except Exception as error:
+        row["no_speed"][name] = f"{type(error).__name__}: {error}"[:300]
 
 
 def _contestants(stack: Stack, baselines: bool) -> Iterator[tuple[str, Contestant]]:
@@ -77,14 +98,12 @@ def _contestants(stack: Stack, baselines: bool) -> Iterator[tuple[str, Contestan
     yield PYTORCH, CONTESTANTS[PYTORCH]
     if installed_kernels(stack.source):
         yield INSTALLED, CONTESTANTS[INSTALLED]
-    for name, calls in PEERS.items():
-        yield name, Contestant(lambda stack: nullcontext(), calls)
 
 
 def _measure_one(name: str, contestant: Contestant, stack: Stack, device: torch.device, row: dict[str, Any]) -> None:
     """Checked eagerly and replayed before it is timed; a wrong result raises AssertionError."""
     calls = contestant.calls(stack)
-    check_picked(stack.step(0), calls[0], contestant.limit)
+    contestant.check(stack, calls[0])
 
     def eager() -> None:
         for call in calls:
@@ -92,9 +111,16 @@ def _measure_one(name: str, contestant: Contestant, stack: Stack, device: torch.
 
     eager_us = wall_us(eager, device)
     replay = Replay(calls, device)
-    row["errors"][name] = check_picked(stack.step(0), replay.first_output, contestant.limit)
+    row["errors"][name] = contestant.check(stack, replay.first_output)
     row["graph_us"][name] = device_us(replay, device) / len(calls)
     row["eager_us"][name] = eager_us / len(calls)
+
+
+def _measure_peer(name: str, stack: Stack, device: torch.device, row: dict[str, Any]) -> None:
+    """As above; a peer has states of its own, so its check comes first and once."""
+    calls = peer_calls(name, stack)
+    row["errors"][name] = check_peer(stack, calls[0], BASELINE_LIMIT)
+    row["graph_us"][name] = device_us(Replay(calls, device), device) / len(calls)
 
 
 def main() -> int:

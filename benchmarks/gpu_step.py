@@ -136,13 +136,18 @@ def pick(step: Step, sequences: Tensor) -> Step:
     return replace(step, tensors=tuple(x[sequences] for x in step.tensors[:8]) + step.tensors[8:], frames=())
 
 
-def check_picked(step: Step, run: Callable[[], Tensor], limit: float | None = None) -> dict[str, float]:
-    """`check` of whatever `run` does to `step`, on its first, last and a dozen other sequences (each is alone)."""
+def picked(step: Step) -> Tensor:
+    """The first, the last and a dozen other sequences."""
     B = step.conv_state.shape[0]
-    sequences = torch.linspace(0, B - 1, min(B, 16), device=step.conv_state.device).long()
+    return torch.linspace(0, B - 1, min(B, 16), device=step.conv_state.device).long()
+
+
+def check_picked(step: Step, run: Callable[[], Tensor], limit: float | None = None) -> dict[str, float]:
+    """`check` of whatever `run` does to `step`, on some sequences: each is alone."""
+    sequences = picked(step)
     law = pick(step, sequences)
     expected = law.run(decode_reference)
-    out = run().view(B, -1)[sequences]
+    out = run().view(step.conv_state.shape[0], -1)[sequences]
     return compare(out, expected, pick(step, sequences), law, step.tensors[2].shape[-1], limit)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
+KNOWN = (OURS, PYTORCH, INSTALLED)
 Row = dict[str, Any]
 
 CAPTION = """Microseconds a layer, from the outputs of the input projections to the input of the output projection, bf16
@@ -27,7 +28,13 @@ def markdown(machines: Sequence[dict[str, str]], sections: dict[str, Any]) -> st
         speed = sections["speed"]
         parts += ["### Host time", table(("one eager call, batch 1, HV 32", "us"), _rounded(speed["host_us"]))]
         parts += ["### Speed", CAPTION, f"Copy: {speed['copy_bandwidth'] / 1e12:.2f} TB/s."]
-        parts += [speeds(speed["rows"]), *_refused(speed["rows"]), "### Asked for", targets(speed)]
+        parts += [
+            speeds(speed["rows"]),
+            peers(speed["rows"]),
+            *_refused(speed["rows"]),
+            "### Asked for",
+            targets(speed),
+        ]
     if "generate" in sections:
         parts += ["### End to end", generation(sections["generate"])]
     return "\n\n".join(parts)
@@ -73,6 +80,18 @@ def _speed_row(row: Row) -> tuple[Any, ...]:
     label = row["family"], row["state"], row["HV"], row["batch"], row["layers"]
     times = [_us(times.get(name)) for times in (graph, eager) for name in (OURS, PYTORCH, INSTALLED)]
     return *label, _us(floor), times[0], *ratios, *times[1:]
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """Other projects' kernels, by graph replay, where any ran."""
+    others = [(row, name, us) for row in rows for name, us in row["graph_us"].items() if name not in KNOWN]
+    if not others:
+        return "No kernels of vllm or sglang were there to compare with."
+    found = (
+        (name, row["HV"], row["state"], row["batch"], _us(us), _us(row["graph_us"].get(OURS)))
+        for row, name, us in others
+    )
+    return table(("other kernels", "HV", "state", "batch", "graph", "graph: ours"), found)
 
 
 def _refused(rows: Sequence[Row]) -> Iterable[str]:
