@@ -50,7 +50,8 @@ def compile_for(arch: str, tile: Tile, T: int) -> Any:
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
     torch.version.hip = arch if hip else None
     tensors = arguments(T)
-    kernel, numbers, layout, options, _ = triton_backend.describe(tensors, 1e-6, "silu", None, (0, HK * R), tile)
+    heads, programs = (0, HK * R), 10**6
+    kernel, numbers, layout, options, _ = triton_backend.describe(tensors, 1e-6, "silu", None, heads, tile, programs)
     kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)

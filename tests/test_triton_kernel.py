@@ -101,6 +101,14 @@ def test_ragged_sequences(lengths: list[int], index: torch.dtype) -> None:
         assert same == [lengths[i] == 0] * 2
 
 
+def test_no_sequence() -> None:
+    step = Step(B=2, lengths=[1, 1])
+    for name in ("conv_state", "recurrent_state", *"qkvzba"):
+        setattr(step, name, getattr(step, name)[:0])
+    step.cu_seqlens = torch.zeros(1, dtype=torch.int32)
+    assert step.run().shape == (0, 4 * 16)
+
+
 def test_tokens_one_by_one_or_together() -> None:
     together, alone = Step(T=3, dtype=F32), Step(T=3, dtype=F32)
     y = together.run().unflatten(0, (2, 3))

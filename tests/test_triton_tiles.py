@@ -40,8 +40,16 @@ def test_rows_are_read_by_work() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "closest"),
-    [("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_75", "sm_80")]
-    + [("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("gfx1100", "gfx942")],
+    [
+        ("sm_75", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("gfx90a", "gfx942"),
+        ("gfx950", "gfx942"),
+        ("gfx1100", "gfx942"),
+    ],
 )
 def test_an_unknown_architecture_takes_the_closest(arch: str, closest: str, cache: Path) -> None:
     for work in (1, 10**6):

@@ -11,6 +11,9 @@ from qwen_fastdecode.ops.tiles import Tile
 
 F32 = torch.float32
 
+# The interpreter computes with numpy, which warns of overflows that are meant to happen.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value|overflow) encountered:RuntimeWarning")
+
 
 @pytest.mark.parametrize(
     "gates",

@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     first: int  # value heads [first, first + count)
     count: int
     key_heads: int  # how many key heads these value heads read
+    strided: bool  # there are more items (sequences x key heads) than programs: each takes several
     q_head: int  # strides of a key head and of a value head within it
     k_head: int
     v_head: int
@@ -134,7 +135,7 @@ class Launch(NamedTuple):
     numbers: tuple[int, ...]  # the kernel's runtime integers
     layout: Layout
     options: dict[str, Any]  # Triton's own
-    items: int  # of work: sequences x key heads
+    grid: tuple[int, int, int]
 
 
 def describe(
@@ -143,7 +144,8 @@ def describe(
     gate: str,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
-    tile: Tile | None = None,
+    tile: Tile | None,
+    max_programs: int,
 ) -> Launch:
     """The launch for these arguments (in the op's order), whatever device they are on."""
     _check(tensors, cu_seqlens)
@@ -152,11 +154,11 @@ def describe(
     key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
     items = s.B * key_heads
     tile = tile or _tile(tensors[0].device, items, s.DV, one_token)
-    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile)
+    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile, strided=items > max_programs)
     if not one_token and layout.TILES > 1:
         raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
-    return Launch(kernel, _numbers(s, tensors, items), layout, _options(tile), items)
+    return Launch(kernel, _numbers(s, tensors, items), layout, _options(tile), (min(items, max_programs), 1, 1))
 
 
 def _prepare(
@@ -168,9 +170,12 @@ def _prepare(
     tile: Tile | None,
 ) -> _Prepared:
     """Compiles the kernel for one kind of arguments; returns what launches it."""
-    kernel, numbers, layout, options, items = describe(tensors, eps, gate, cu_seqlens, heads, tile)
     device = tensors[0].device
-    grid = (min(items, _max_programs(device)), 1, 1)
+    kernel, numbers, layout, options, grid = describe(
+        tensors, eps, gate, cu_seqlens, heads, tile, _max_programs(device)
+    )
+    if grid[0] == 0:  # no sequence
+        return lambda *_: None
     if INTERPRETED:
         return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
     with torch.cuda.device(device):
@@ -209,6 +214,7 @@ def _layout(
     heads: tuple[int, int],
     key_heads: int,
     tile: Tile,
+    strided: bool,
 ) -> Layout:
     q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, *_ = tensors
     return Layout(
@@ -220,6 +226,7 @@ def _layout(
         first=heads[0],
         count=heads[1],
         key_heads=key_heads,
+        strided=strided,
         q_head=q.stride(1),
         k_head=k.stride(1),
         v_head=v.stride(1),
@@ -257,7 +264,7 @@ def _numbers(s: DecodeShapes, tensors: tuple[Tensor, ...], items: int) -> tuple[
     """The kernel's runtime integers: sizes of the work, strides between tokens and between sequences."""
     conv_state, recurrent_state = tensors[6], tensors[7]
     strides = [x.stride(0) for x in tensors[:6]]
-    return (items, s.N // s.B, *strides, conv_state.stride(0), conv_state.stride(1), recurrent_state.stride(0))
+    return (items, s.N // max(s.B, 1), *strides, conv_state.stride(0), conv_state.stride(1), recurrent_state.stride(0))
 
 
 def _options(tile: Tile) -> dict[str, Any]:

@@ -238,7 +238,9 @@ def decode_token(
     head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     head_mask = head_column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    program = tl.program_id(0)
+    stop = items if L.strided else program + 1
+    for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
         hk = L.first // L.R + item % L.key_heads
         begin = tl.maximum(L.first - hk * L.R, 0) if L.first % L.R else 0  # value heads of this key head in range
@@ -356,7 +358,9 @@ def decode_tokens(
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     column_mask = columns < L.DV if L.BLOCK_V > L.DV else None
     weight = _load(norm_weight + columns, column_mask)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    program = tl.program_id(0)
+    stop = items if L.strided else program + 1
+    for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)
         hk = L.first // L.R + item % L.key_heads
         taps = conv_state + i * conv_sequence
