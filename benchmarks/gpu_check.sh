@@ -22,6 +22,7 @@ while [ $# -gt 0 ]; do
 done
 [ ${#sections[@]} -gt 0 ] || sections=(correctness speed sanitize tiles)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+export PATH=$PATH:/usr/local/cuda/bin # where CUDA keeps compute-sanitizer
 python=${PYTHON:-python3} failed=()
 mkdir -p "$out"
 for section in "${sections[@]}"; do

@@ -10,14 +10,16 @@ import sys
 
 from gpu_report import write_section
 
+CHECKER = "compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
+NO_TOOL = "dry run, without a checker"
 LIMIT_S = 100
 SUBJECT = "benchmarks/gpu_sanitize_subject.py"
 
 
 def start(tool: str, dry_run: bool) -> subprocess.Popen[str]:
     """The subject under one tool; in a dry run alone, to see whether it runs at all."""
-    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=decode"]
+    checker = [CHECKER, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=decode"]
     command = [sys.executable, SUBJECT, "--dry-run"] if dry_run else [*checker, sys.executable, SUBJECT]
     # With PyTorch's cache of allocations, an address past a tensor's end would be inside another's.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -40,10 +42,10 @@ def main() -> int:
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="run the subject on the CPU, without a checker")
     arguments = parser.parse_args()
-    if not arguments.dry_run and shutil.which("compute-sanitizer") is None:
-        print("compute-sanitizer is not on the PATH: nothing was checked")
+    if not arguments.dry_run and shutil.which(CHECKER) is None:
+        print(f"{CHECKER} is not on the PATH: nothing was checked")
         return 0
-    started = [(tool, start(tool, arguments.dry_run)) for tool in TOOLS]
+    started = [(tool, start(tool, arguments.dry_run)) for tool in (TOOLS if not arguments.dry_run else (NO_TOOL,))]
     results = [finish(*one) for one in started]
     write_section(arguments.out, "sanitize", results)
     for result in results:
