@@ -20,7 +20,7 @@ NEW = 4
 LAYER = type(linear_layers(build())[0])
 MODULE = sys.modules[LAYER.__module__]
 NORM = MODULE.Qwen3_5RMSNormGated
-CONVOLUTION = "causal_conv1d_update" if hasattr(MODULE, "causal_conv1d_update") else "torch_causal_conv1d_update"
+CONVOLUTION = "torch_causal_conv1d_update" if hasattr(MODULE, "torch_causal_conv1d_update") else "causal_conv1d_update"
 
 
 def rewrite(function: Callable[..., Any]) -> Callable[..., Any]:
