@@ -55,6 +55,8 @@ def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: d
         return Reason.PACKED_SEQUENCES
     if torch.is_grad_enabled():
         return Reason.GRAD_ENABLED
+    if hidden_states.is_meta:
+        return Reason.META_DEVICE
     if torch.is_autocast_enabled(hidden_states.device.type):
         return Reason.AUTOCAST
     if torch.compiler.is_exporting():

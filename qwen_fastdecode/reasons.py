@@ -16,6 +16,7 @@ class Reason(str, Enum):
     ATTENTION_MASK = "an attention mask is given"
     PACKED_SEQUENCES = "packed sequences (cu_seq_lens_q or seq_idx)"
     GRAD_ENABLED = "gradients are enabled"
+    META_DEVICE = "tensors without data, on the meta device"
     AUTOCAST = "autocast is on"
     EXPORTING = "the model is being exported"
     UNKNOWN_CACHE = "a cache of unknown type"

@@ -76,6 +76,11 @@ def gradients(model: PreTrainedModel) -> list[Tensor]:
     return [logits, *cache_tensors(cache)]
 
 
+def on_meta(model: PreTrainedModel) -> str:
+    cache = forward(model.to("meta", torch.bfloat16), PROMPT.to("meta"))[1]
+    return str([tensor.shape for tensor in step(model, cache, TOKEN.to("meta"))])
+
+
 def autocast(model: PreTrainedModel) -> list[Tensor]:
     cache = prefilled(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -226,6 +231,7 @@ CASES = [
     Case(Reason.PACKED_SEQUENCES, packed_sequences),
     Case(Reason.PACKED_SEQUENCES, sequence_index),
     Case(Reason.GRAD_ENABLED, gradients),
+    Case(Reason.META_DEVICE, on_meta),
     Case(Reason.AUTOCAST, autocast),
     Case(Reason.EXPORTING, exporting),
     Case(Reason.UNKNOWN_CACHE, cache_of_another_class),
