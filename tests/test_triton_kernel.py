@@ -85,7 +85,7 @@ def test_head_range(heads: tuple[int, int], T: int) -> None:
 @pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_several_tokens(T: int, W: int, dtype: torch.dtype) -> None:
-    Step(T=T, W=W, dtype=dtype, channel_last=dtype == F32).check()
+    Step(T=T, W=W, dtype=dtype, channel_last=dtype == F32, DK=12, DV=20).check()
 
 
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 0, 3], [0, 0, 1], [4, 1, 2]], ids=str)

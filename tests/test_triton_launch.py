@@ -54,6 +54,27 @@ def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
     assert grids == [(2, 1, 1), (triton_backend.INTERPRETED_PROGRAMS, 1, 1)]
 
 
+def layout_of(step: Step) -> triton_backend.Layout:
+    return triton_backend.describe(step.tensors, 1e-6, "silu", None, step.heads, Tile(16, 4), 100).layout
+
+
+def test_taps_move_as_words_only_where_they_are_aligned_words() -> None:
+    """A CPU forgives what a GPU does not, so the choice itself is checked."""
+    assert layout_of(Step(margin=4)).packed_taps
+    assert layout_of(Step(margin=4)).packed_weight
+    assert not layout_of(Step(margin=4, dtype=torch.float32)).packed_taps  # four taps of 32 bits
+    assert not layout_of(Step(margin=4, W=3)).packed_taps
+    assert not layout_of(Step(margin=4, channel_last=True)).packed_taps
+    step = Step(margin=4)
+    aligned = step.conv_state
+    step.conv_state = torch.zeros(aligned.numel() + 2, dtype=step.dtype)[2:].view_as(aligned)  # base off by 4 bytes
+    assert not layout_of(step).packed_taps
+    step.conv_state = torch.zeros(2, aligned[0].numel() + 2, dtype=step.dtype)[:, :-2].unflatten(1, aligned[0].shape)
+    assert not layout_of(step).packed_taps  # the second sequence off by 4 bytes
+    step.conv_state = aligned[..., 1:]  # three taps, four apart
+    assert not layout_of(step).packed_taps
+
+
 def far_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
     """x with its first dimension `stride` elements apart; memory is reserved, and touched only where x lies."""
     storage = torch.UntypedStorage((stride * (len(x) - 1) + x[0].numel()) * x.element_size())

@@ -134,3 +134,13 @@ def test_state_is_read_once_and_written_once(trace: Trace, step: dict, tile: Til
     s.run(tile)
     floor = s.recurrent_state[:, : s.heads[1]].numel() * s.recurrent_state.element_size()
     assert trace.traffic == {"read": floor, "written": floor}
+
+
+def test_a_sequence_without_tokens_is_not_touched(trace: Trace) -> None:
+    s = Step(B=3, lengths=[2, 0, 1])
+    s.run()
+    touched = set().union(*trace.reads.values(), *trace.writes.values())
+    for state in (s.conv_state, s.recurrent_state):
+        begin = state[1].data_ptr()
+        assert not touched & set(range(begin, begin + state[1].numel() * state.element_size()))
+        assert touched & set(range(state.data_ptr(), begin))

@@ -28,8 +28,8 @@ class Layout(NamedTuple):
     DK: int
     DV: int
     W: int
-    first: int  # value heads [first, first + count)
-    count: int
+    first_head: int  # value heads [first_head, first_head + head_count)
+    head_count: int
     key_heads: int  # how many key heads these value heads read
     strided: bool  # there are more items (sequences x key heads) than programs: each takes several
     q_head: int  # strides of a key head and of a value head within it
@@ -223,8 +223,8 @@ def _layout(
         DK=s.DK,
         DV=s.DV,
         W=s.W,
-        first=heads[0],
-        count=heads[1],
+        first_head=heads[0],
+        head_count=heads[1],
         key_heads=key_heads,
         strided=strided,
         q_head=q.stride(1),

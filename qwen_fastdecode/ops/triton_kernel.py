@@ -242,9 +242,10 @@ def decode_token(
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
-        hk = L.first // L.R + item % L.key_heads
-        begin = tl.maximum(L.first - hk * L.R, 0) if L.first % L.R else 0  # value heads of this key head in range
-        end = tl.minimum(L.first + L.count - hk * L.R, L.R) if (L.first + L.count) % L.R else L.R
+        hk = L.first_head // L.R + item % L.key_heads
+        # Of this key head's R value heads, those in range; the whole loop is known at compile time where all are.
+        begin = tl.maximum(L.first_head - hk * L.R, 0) if L.first_head % L.R else 0
+        end = tl.minimum(L.first_head + L.head_count - hk * L.R, L.R) if (L.first_head + L.head_count) % L.R else L.R
         S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
         if L.prefetch:
             S_next = _load_state(S_first + begin * L.state_head, rows, columns, 1, L)
@@ -310,7 +311,7 @@ def decode_token(
             if tile == L.TILES - 1:
                 y_head = y * tl.rsqrt(tl.sum(square, 0) / L.DV + L.eps)
                 square = tl.full([L.BLOCK_V], 0.0, tl.float32)
-                y_pointer = out + i * (L.count * L.DV) + (hv - L.first) * L.DV + head_column
+                y_pointer = out + i * (L.head_count * L.DV) + (hv - L.first_head) * L.DV + head_column
                 tl.store(y_pointer, y_head.to(out.dtype.element_ty), mask=head_mask)
 
 
@@ -362,7 +363,7 @@ def decode_tokens(
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)
-        hk = L.first // L.R + item % L.key_heads
+        hk = L.first_head // L.R + item % L.key_heads
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
         if cu_seqlens is None:
@@ -372,8 +373,8 @@ def decode_tokens(
             begin = tl.load(cu_seqlens + i).to(tl.int64)
             end = tl.load(cu_seqlens + i + 1).to(tl.int64)
 
-        first = tl.maximum(hk * L.R, L.first)
-        last = tl.minimum(hk * L.R + L.R, L.first + L.count) - 1
+        first = tl.maximum(hk * L.R, L.first_head)
+        last = tl.minimum(hk * L.R + L.R, L.first_head + L.head_count) - 1
         last = tl.where(begin < end, last, first - 1)  # no token: nothing is touched
         for hv in range(first, last + 1):
             r = hv - hk * L.R
@@ -402,7 +403,7 @@ def decode_tokens(
                 v_conv = _convolve(v0, v1, v2, v3, vw0, vw1, vw2, vw3, L.W)
                 S, o = _delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
                 y = o * tl.rsqrt(tl.sum(o * o, 0) / L.DV + L.eps) * weight * _gate(z0, L.silu)
-                y_pointer = out + t * (L.count * L.DV) + (hv - L.first) * L.DV + columns
+                y_pointer = out + t * (L.head_count * L.DV) + (hv - L.first_head) * L.DV + columns
                 tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)
                 qk1, qk2, qk3, qk4 = qk0, qk1, qk2, qk3
                 v1, v2, v3, v4 = v0, v1, v2, v3
