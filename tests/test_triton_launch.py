@@ -116,6 +116,25 @@ def test_availability() -> None:
     assert "on the CPU only" in unavailable_reason(torch.device("cuda"))
 
 
+@pytest.mark.parametrize(
+    ("device", "finds_gpu", "capability", "reason"),
+    [
+        ("cpu", True, (9, 0), "needs a CUDA or ROCm device, not 'cpu'"),
+        ("cuda", False, (9, 0), "finds no GPU"),
+        ("cuda", True, (7, 5), "compute capability 8.0"),
+        ("cuda", True, (8, 0), None),
+    ],
+)
+def test_availability_outside_the_interpreter(
+    device: str, finds_gpu: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: finds_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    found = unavailable_reason(torch.device(device))
+    assert found is None if reason is None else reason in found
+
+
 def test_launches_kept_are_bounded(programs: pytest.MonkeyPatch) -> None:
     programs.setattr(triton_backend, "MAX_PREPARED", 2)
     for eps in (1e-6, 2e-6, 3e-6):

@@ -33,12 +33,17 @@ class Row(NamedTuple):
 
 
 def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
-    """The tile for `work` = sequences x key heads on a GPU: the one tuned on that kind of GPU, else the shipped one.
-
-    An architecture that the table lacks takes the rows of the closest older one of its kind.
-    """
-    rows = tuned().get(device_name) or shipped()[_closest(arch)]
+    """The tile for `work` = sequences x key heads on a GPU: the one tuned on that kind of GPU, else the shipped one."""
+    rows = tuned().get(device_name) or shipped()[closest(arch)]
     return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
+
+
+def closest(arch: str) -> str:
+    """The architecture of the table that stands in for `arch`: itself, else the closest older one of its kind."""
+    kind = "gfx" if arch.startswith("gfx") else "sm_"
+    known = [name for name in shipped() if name.startswith(kind)]
+    older = [name for name in known if _number(name) <= _number(arch)]
+    return max(older, key=_number) if older else min(known, key=_number)
 
 
 def fit(tile: Tile, DV: int) -> Tile:
@@ -98,14 +103,5 @@ def _by_key(key: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
     return found
 
 
-def _closest(arch: str) -> str:
-    if arch in shipped():
-        return arch
-    kind = arch.rstrip("0123456789abcdef")  # "sm_", "gfx"
-    known = sorted((int(name.removeprefix(kind)), name) for name in shipped() if name.startswith(kind))
-    return max((row for row in known if row[0] <= _number(arch, kind)), default=known[0])[1]
-
-
-def _number(arch: str, kind: str) -> int:
-    digits = arch.removeprefix(kind)
-    return int(digits) if digits.isdigit() else 0  # AMD's names may end in letters
+def _number(arch: str) -> int:
+    return int("".join(filter(str.isdigit, arch)))  # AMD's names may end in letters

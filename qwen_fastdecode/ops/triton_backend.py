@@ -17,6 +17,7 @@ from .triton_kernel import decode_token, decode_tokens
 INTERPRETED = not isinstance(decode_token, triton.JITFunction)  # TRITON_INTERPRET=1: runs on the CPU, for tests
 PROGRAMS_PER_SM = 32  # a few waves; past them, a program takes several items
 INTERPRETED_PROGRAMS = 8  # few, so that the interpreter takes several items too
+OLDEST = (8, 0)  # compute capability with bfloat16, which Triton supports
 MAX_PREPARED = 4096  # launches kept; a server sees some hundreds (batch sizes x alignments)
 
 
@@ -63,6 +64,10 @@ def unavailable_reason(device: torch.device) -> str | None:
         return None if device.type == "cpu" else "Triton runs in its interpreter (TRITON_INTERPRET=1), on the CPU only"
     if device.type != "cuda":
         return f"Triton needs a CUDA or ROCm device, not {device.type!r}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no GPU that it can use"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+        return f"Triton needs compute capability {OLDEST[0]}.{OLDEST[1]}"
     return None
 
 
@@ -153,7 +158,8 @@ def describe(
     one_token = cu_seqlens is None and s.N == s.B
     key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
     items = s.B * key_heads
-    tile = tile or _tile(tensors[0].device, items, s.DV, one_token)
+    if tile is None:
+        tile = table_tile(tensors[0].device, items, s.DV) if one_token else tiles.whole_head(s.DV)
     layout = _layout(s, tensors, eps, gate, heads, key_heads, tile, strided=items > max_programs)
     if not one_token and layout.TILES > 1:
         raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
@@ -174,8 +180,6 @@ def _prepare(
     kernel, numbers, layout, options, grid = describe(
         tensors, eps, gate, cu_seqlens, heads, tile, _max_programs(device)
     )
-    if grid[0] == 0:  # no sequence
-        return lambda *_: None
     if INTERPRETED:
         return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
     with torch.cuda.device(device):
@@ -281,9 +285,8 @@ def _max_programs(device: torch.device) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tile(device: torch.device, work: int, DV: int, one_token: bool) -> Tile:
-    if not one_token:
-        return tiles.whole_head(DV)
+def table_tile(device: torch.device, work: int, DV: int) -> Tile:
+    """The tile table's choice for one token a sequence; `work` = sequences x key heads."""
     if INTERPRETED:
         return tiles.fit(Tile(64, 4), DV)
     properties = torch.cuda.get_device_properties(device)
