@@ -59,7 +59,7 @@ def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: d
         return Reason.META_DEVICE
     if torch.is_autocast_enabled(hidden_states.device.type):
         return Reason.AUTOCAST
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() itself is True in all that Dynamo of torch 2.11 traces
         return Reason.EXPORTING
     return None
 
