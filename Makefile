@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1 # steps this small lose by more threads, and tests run side by side
 
 .PHONY: demo test lint bench clean
 

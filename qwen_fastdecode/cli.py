@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import PatchError, __version__
+from . import PatchError, __version__, tune
 from .compare import command as compare_command
 from .compare.inputs import BadInput
 
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     compare_command.add_parser(subparsers)
+    tune.add_parser(subparsers)
     return parser
 
 
