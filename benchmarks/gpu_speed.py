@@ -127,13 +127,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    parser.add_argument("--match", default="", help='only rows whose label contains this, "qwen3_5 float32 HV 32" say')
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     bandwidth = copy_bandwidth(device)
-    todo = workloads(arguments.dry_run)
+    every = workloads(arguments.dry_run)
+    todo = [
+        one for one in every if arguments.match in "{family} {state} HV {HV} batch {batch}".format(**one[0].label())
+    ]
     results: dict[str, Any] = {"copy_bandwidth": bandwidth, "rows": []}
     with torch.no_grad():
-        results["host_us"] = host_times(device, todo[0][0].D)
+        results["host_us"] = host_times(device, every[0][0].D)
         for w, baselines in progress(todo, "speed", len(todo)):
             results["rows"].append(measure(w, baselines, device, bandwidth))
             write_section(arguments.out, "speed", results)  # after each row: a run that is cut short keeps what it has

@@ -127,20 +127,18 @@ def _ratio(rows: Sequence[Row], batch: int, kind: str, baseline: str) -> float |
 
 
 def generation(rows: Sequence[Row]) -> str:
-    head = ("model", "mode", "batch", "upstream", "tokens/s without", "tokens/s with", "ratio", "logits differ by")
+    """Tokens per second; the last columns say how far one layer step, and the logits, are from upstream's."""
+    head = ("model", "mode", "batch", "upstream", "tokens/s without", "tokens/s with", "ratio", "layer step", "logits")
     return table(head, (_generation_row(row) for row in rows))
 
 
 def _generation_row(row: Row) -> tuple[Any, ...]:
+    label = row["model"], row["mode"], row["batch"]
     if "error" in row:
-        return row["model"], row["mode"], row["batch"], "-", "-", "-", "-", row["error"].replace("\n", " ")
-    numbers = (
-        f"{row['before']:.0f}",
-        f"{row['after']:.0f}",
-        f"{row['after'] / row['before']:.2f}",
-        f"{row['logits']:.1e}",
-    )
-    return row["model"], row["mode"], row["batch"], row["kernels"], *numbers
+        return *label, row["asked"], "-", "-", "-", row["error"].replace("\n", " "), "-"
+    upstream = row["kernels"] if row["kernels"] == row["asked"] else f"{row['kernels']} ({row['asked']} asked for)"
+    speeds = f"{row['before']:.0f}", f"{row['after']:.0f}", f"{row['after'] / row['before']:.2f}"
+    return *label, upstream, *speeds, *("-" if row[name] is None else f"{row[name]:.1e}" for name in ("step", "logits"))
 
 
 def shown(tile: Iterable[int] | None) -> str:
