@@ -138,8 +138,8 @@ def _refuse_problems(layers: list[FoundLayer]) -> None:
     problems = [(layer.name, layer.plan) for layer in layers if isinstance(layer.plan, PatchError)]
     if problems:
         name, error = problems[0]
-        more = f" ({len(problems)} of {len(layers)} layers have a problem)" if len(problems) > 1 else ""
-        raise type(error)(f"{name}: {error}{more}. {_LENIENT}") from error
+        more = f"{len(problems)} of {len(layers)} layers have a problem. " if len(problems) > 1 else ""
+        raise type(error)(f"{name}: {error}. {more}{_LENIENT}") from error
 
 
 def _cover(layers: list[FoundLayer]) -> None:

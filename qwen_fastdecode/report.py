@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 COUNTING = "Counters count eager steps; steps inside torch.compile or replayed CUDA graphs are not counted."
 
 
+def _in_a_table(reason: str) -> str:
+    """A reason that is too long for a row is written in full below the table, once."""
+    return reason if len(reason) <= 60 else "see below"
+
+
 @dataclass(frozen=True)
 class LayerStatus:
     """One gated DeltaNet layer: whether it decodes through the fast path, through which backend, and why not."""
@@ -51,7 +56,7 @@ class Status:
         if self.layers:
             rows = [("layer", "family", "backend", "fast steps", "fallbacks", "")]
             rows += [
-                (x.name, x.family, x.backend, str(x.fast_steps), str(sum(x.fallbacks.values())), x.reason)
+                (x.name, x.family, x.backend, str(x.fast_steps), str(sum(x.fallbacks.values())), _in_a_table(x.reason))
                 for x in self.layers
             ]
             widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -60,7 +65,8 @@ class Status:
                 for row in rows
             ]
         lines += [f"fallback: {reason}: {count}" for reason, count in sorted(self.fallbacks.items())]
-        return "\n".join([*lines, *self.notes, COUNTING])
+        long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
+        return "\n".join([*lines, *dict.fromkeys([*long, *self.notes]), COUNTING])
 
 
 @dataclass(frozen=True)

@@ -270,16 +270,22 @@ def test_the_plan_has_what_a_rank_works_on(checkpoint: str) -> None:
 
 
 def test_a_status_is_a_table_to_read() -> None:
+    long = "its forward was replaced on the instance by some_package.some_module.some_function, which is not upstream's"
     layers = (
         LayerStatus("model.layers.0.linear_attn", "qwen3_5", "torch", True, "", 12, {"no cache": 1}),
+        LayerStatus("model.layers.1.linear_attn", "qwen3_5", "upstream", False, long),
+        LayerStatus("model.layers.2.linear_attn", "qwen3_5", "upstream", False, long),
         LayerStatus("model.layers.10.linear_attn", "qwen3_5", "upstream", False, "its conv1d has a bias"),
     )
-    assert str(Status(layers, ("A note.",))).splitlines() == [
-        "qwen_fastdecode: 1 of 2 gated DeltaNet layers covered",
+    assert str(Status(layers, ("A note.", long))).splitlines() == [
+        "qwen_fastdecode: 1 of 4 gated DeltaNet layers covered",
         "layer                        family   backend   fast steps  fallbacks",
         "model.layers.0.linear_attn   qwen3_5  torch     12          1",
+        "model.layers.1.linear_attn   qwen3_5  upstream  0           0          see below",
+        "model.layers.2.linear_attn   qwen3_5  upstream  0           0          see below",
         "model.layers.10.linear_attn  qwen3_5  upstream  0           0          its conv1d has a bias",
         "fallback: no cache: 1",
+        long,
         "A note.",
         COUNTING,
     ]
