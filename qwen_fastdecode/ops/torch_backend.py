@@ -1,21 +1,23 @@
 """The decode step in PyTorch, in place: one read and one write of the recurrent state, no temporary of its size.
 
-Runs anywhere PyTorch runs. The state is walked in chunks small enough to stay in a core's cache between the three
-passes over a chunk (decay, both reductions at once, rank-one update), so that memory sees each element once.
+Runs anywhere PyTorch runs. The state is walked in chunks small enough to stay in a core's cache between the four
+passes over a chunk (decay, S^T k, rank-one update, S^T q), so that memory sees each element once. Around them are some
+thirty operators on small tensors, whose dispatch is half of the time of a step at batch 1: hence their small number,
+and inference mode, which spares each of them autograd's bookkeeping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import DecodeShapes
-
-CHUNK_BYTES = 2 << 20  # of recurrent state: what a server core's L2 holds
+CHUNK_ELEMENTS = 1 << 19  # of recurrent state: 2 MB in float32
 
 
 def decode_torch(
@@ -37,152 +39,208 @@ def decode_torch(
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
 ) -> Tensor:
-    """Same arguments and result as `gated_delta_decode`; computes in float32 (float64 for float64 activations)."""
-    tokens = (q, k, v, z, b, a)
-    weights = (conv_weight, A_log, dt_bias, norm_weight)
-    decode: Callable[..., Tensor] = partial(_decode_token, weights=weights, eps=eps, gate=gate, heads=heads)
+    """Same arguments and result as `gated_delta_decode`; computes in float32 (float64 for float64 activations).
+
+    Several tokens a sequence are worked off one after another, sequence by sequence. No gradient flows.
+    """
+    tokens, weights = (q, k, v, z, b, a), (conv_weight, A_log, dt_bias, norm_weight)
     N, B = q.shape[0], conv_state.shape[0]
-    if cu_seqlens is None and N == B:
-        return decode(*tokens, conv_state, recurrent_state)
-    out = v.new_empty(N, heads[1] * v.shape[3])
-    if cu_seqlens is None:
-        T = N // B
-        for t in range(T):  # token t of every sequence
-            out[t::T] = decode(*(x[t::T] for x in tokens), conv_state, recurrent_state)
-        return out
-    bounds = cu_seqlens.tolist()
-    for i in range(B):
-        states = conv_state[i : i + 1], recurrent_state[i : i + 1]
-        for t in range(bounds[i], bounds[i + 1]):
-            out[t : t + 1] = decode(*(x[t : t + 1] for x in tokens), *states)
+    with torch.inference_mode():
+        step = partial(_decode_token, weights=weights, eps=eps, gate=gate, heads=heads)
+        state = recurrent_state.narrow(1, *heads)  # [B, count, DK, DV]
+        if cu_seqlens is None and N == B:
+            o = step(tokens, conv_state, state)
+        else:
+            bounds = [i * (N // B) for i in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+            o = _decode_sequences(step, tokens, conv_state, state, bounds)
+    return o.to(v.dtype, copy=True)  # made out here it is an ordinary tensor, with which the caller can do anything
+
+
+def _decode_sequences(
+    step: Callable[..., Tensor], tokens: tuple[Tensor, ...], conv_state: Tensor, state: Tensor, bounds: list[int]
+) -> Tensor:
+    """Sequence i owns tokens bounds[i] to bounds[i + 1]; returns [N, count * DV] in the dtype that we compute in."""
+    v = tokens[2]
+    dtype = _compute_dtype(v)
+    out = v.new_empty(v.shape[0], state.shape[1] * state.shape[3], dtype=dtype)
+    for i, begin in enumerate(bounds[:-1]):
+        stored = state[i : i + 1]
+        S = stored.to(dtype)  # rounded to the state's own dtype once, after the last token
+        for t in range(begin, bounds[i + 1]):
+            out[t] = step([x[t : t + 1] for x in tokens], conv_state[i : i + 1], S)
+        if S is not stored and begin < bounds[i + 1]:
+            stored.copy_(S)
     return out
 
 
+def _compute_dtype(v: Tensor) -> torch.dtype:
+    return torch.promote_types(v.dtype, torch.float32)
+
+
 def _decode_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
+    tokens: Sequence[Tensor],
     conv_state: Tensor,
-    recurrent_state: Tensor,
+    state: Tensor,
     *,
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
     eps: float,
     gate: str,
     heads: tuple[int, int],
 ) -> Tensor:
+    """One token a sequence. state: [B, count, DK, DV], those of `heads`; returns [B, count * DV]."""
+    q, k, v, z, b, a = tokens
     conv_weight, A_log, dt_bias, norm_weight = weights
-    s = DecodeShapes.of(q, v, conv_state)
-    first, count = heads
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    v, z, b, a = v.flatten(1, 2), z.flatten(1, 2), b.flatten(1), a.flatten(1)  # [B, HV, DV] twice, [B, HV] twice
-    if count < s.HV:
-        v, z, b, a, recurrent_state = (x.narrow(1, first, count) for x in (v, z, b, a, recurrent_state))
-        A_log, dt_bias = A_log.narrow(0, first, count), dt_bias.narrow(0, first, count)
+    HV, DK, DV = v.shape[1] * v.shape[2], q.shape[2], v.shape[3]
+    if heads[1] < HV:
+        z, b, a = (x.flatten(1, 2).narrow(1, *heads) for x in (z, b, a))
+        A_log, dt_bias = A_log.narrow(0, *heads), dt_bias.narrow(0, *heads)
+    beta = torch.sigmoid(b.to(_compute_dtype(v))).flatten(1)  # [B, count], as decay
+    decay = _decay(a.to(_compute_dtype(v)).flatten(1), A_log, dt_bias)
+    o = _attend(q, k, v, beta, decay, conv_state, state, conv_weight, heads)  # [B, count, DV]
 
-    y = _convolve(s, q, k, v, conv_state, conv_weight, heads, dtype)  # [B, channels of these heads]
-    qk, v_conv = y.split([y.shape[1] - count * s.DV, count * s.DV], dim=1)
-    qk = qk.view(s.B, 2, -1, s.DK)
-    qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
-    qk[:, 0] *= s.DK**-0.5
-    qk = _to_value_heads(qk.transpose(1, 2), s.R, heads)  # [B, count, 2, DK]
-    beta = torch.sigmoid(b.to(dtype)).unsqueeze(-1)  # [B, count, 1]
-    decay = _decay(a.to(dtype), A_log, dt_bias)  # [B, count]
-    o = _delta_rule(recurrent_state, qk, v_conv.view(v.shape), beta, decay)  # [B, count, DV]
-
-    o = F.rms_norm(o, (s.DV,), norm_weight.to(dtype), eps)
-    o *= F.silu(z.to(dtype)) if gate == "silu" else torch.sigmoid(z.to(dtype))
-    return o.to(v.dtype).flatten(1)
+    # q was not scaled by 1 / sqrt(DK): the norm undoes any scale of o, if its epsilon is scaled as well.
+    o.div_(_length(o, eps * DK * DV).mul_(DV**-0.5)).mul_(norm_weight)
+    z = z.to(o.dtype)
+    o.view(z.shape).mul_(F.silu(z) if gate == "silu" else torch.sigmoid(z))
+    return o.flatten(1)
 
 
-def _convolve(
-    s: DecodeShapes,
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    beta: Tensor,
+    decay: Tensor,
     conv_state: Tensor,
+    state: Tensor,
     conv_weight: Tensor,
     heads: tuple[int, int],
-    dtype: torch.dtype,
 ) -> Tensor:
-    """Shifts the new token into the taps of these heads' channels, in place; returns silu(conv), [B, channels]."""
-    first, count = heads
-    low, high = first // s.R, (first + count - 1) // s.R + 1  # key heads that they read
-    key = s.HK * s.DK
-    spans = (
-        (q[:, low:high], slice(low * s.DK, high * s.DK)),
-        (k[:, low:high], slice(key + low * s.DK, key + high * s.DK)),
-        (v, slice(2 * key + first * s.DV, 2 * key + (first + count) * s.DV)),
-    )
-    for channels in [slice(s.C)] if count == s.HV else [span for _, span in spans]:
-        for tap in range(s.W - 1):
-            conv_state[:, channels, tap].copy_(conv_state[:, channels, tap + 1])
-    for x, channels in spans:
-        conv_state[:, channels, -1].unflatten(1, x.shape[1:]).copy_(x)
-    window, weight = conv_state, conv_weight
-    if count < s.HV:
-        window = torch.cat([window[:, channels] for _, channels in spans], dim=1)
-        weight = torch.cat([weight[channels] for _, channels in spans])
-    # A product with a vector of ones sums W taps several times faster than sum(-1) over so short a dimension.
-    return F.silu((window.to(dtype) * weight.to(dtype)) @ weight.new_ones(s.W, dtype=dtype), inplace=True)
+    """Convolution, unit lengths, delta rule; updates both states and returns o, [B, count, DV]."""
+    (first, count), R = heads, v.shape[2]
+    qk, v = _convolve(q, k, v, conv_state, conv_weight, heads)  # [B, 2, key heads, DK], [B, count, DV]
+    qk.div_(_length(qk, 1e-6))
+    qk = qk.unsqueeze(3).expand(-1, -1, -1, R, -1).flatten(2, 3).narrow(2, first % R, count)  # [B, 2, count, DK]
+    return _delta_rule(state, qk, v, beta.unsqueeze(2), decay.view(*decay.shape, 1, 1))
 
 
-def _to_value_heads(x: Tensor, R: int, heads: tuple[int, int]) -> Tensor:
-    """[B, key heads, ...] -> [B, count, ...]: value head hv reads key head hv // R."""
-    first, count = heads
-    x = x.unsqueeze(2).expand(-1, -1, R, *x.shape[2:]).flatten(1, 2)
-    return x[:, first % R : first % R + count]
+def _convolve(
+    q: Tensor, k: Tensor, v: Tensor, conv_state: Tensor, weight: Tensor, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """silu(conv) of some value heads, v [B, count, DV], and of the key heads that they read, q and k [B, 2, ..., DK].
+
+    Shifts the new token into the taps of their channels.
+    """
+    (B, HK, DK), (R, DV), (first, count) = q.shape, v.shape[2:], heads
+    if count == HK * R:
+        x = torch.cat((torch.cat((q, k), dim=1).flatten(1), v.flatten(1)), dim=1)  # [B, C]
+        _shift(conv_state, x)
+        x = x.to(_compute_dtype(x))
+        y = _convolve_channels_(x, conv_state, weight)
+    else:
+        low, high = first // R, (first + count - 1) // R + 1  # key heads
+        inputs = q[:, low:high], k[:, low:high], v.flatten(1, 2).narrow(1, *heads)
+        starts = low * DK, (HK + low) * DK, 2 * HK * DK + first * DV
+        spans = zip(inputs, starts, strict=True)
+        y = torch.cat([_convolve_span(x, conv_state, weight, start) for x, start in spans], dim=1)
+    qk, v = y.tensor_split((y.shape[1] - count * DV,), dim=1)
+    return qk.view(B, 2, -1, DK), v.view(B, count, DV)
+
+
+def _convolve_span(x: Tensor, conv_state: Tensor, weight: Tensor, start: int) -> Tensor:
+    """The same for the channels from `start` on. x: [B, heads, DK or DV] -> [B, channels]."""
+    x = x.flatten(1)
+    span = start, x.shape[1]
+    conv_state = conv_state.narrow(1, *span)
+    _shift(conv_state, x)
+    return _convolve_channels_(x.to(_compute_dtype(x), copy=True), conv_state, weight.narrow(0, *span))
+
+
+def _shift(conv_state: Tensor, x: Tensor) -> None:
+    """Each tap [B, channels, W] takes the place of the next older one; x [B, channels] becomes the newest."""
+    taps = conv_state.unbind(2)
+    if _are_words(conv_state):
+        conv_state.view(torch.int64).bitwise_right_shift_(8 * conv_state.element_size())
+    else:
+        for older, newer in pairwise(taps):
+            older.copy_(newer)
+    taps[-1].copy_(x)
+
+
+def _are_words(conv_state: Tensor) -> bool:
+    """Whether a channel's taps are a 64-bit word with the oldest in its lowest bits (four of 16 bits, as usual)."""
+    W = conv_state.shape[2]
+    starts = conv_state.storage_offset(), conv_state.stride(0), conv_state.stride(1)
+    fits = conv_state.stride(2) == 1 and W * conv_state.element_size() == 8
+    return fits and sys.byteorder == "little" and not any(start % W for start in starts)
+
+
+def _convolve_channels_(x: Tensor, conv_state: Tensor, weight: Tensor) -> Tensor:
+    """Turns x [B, channels], the newest tap in the dtype that we compute in, into silu(conv).
+
+    One tap at a time: all of them in float32 would take a fifth of the memory of the recurrent state.
+    """
+    taps, weights = conv_state.unbind(2), weight.unbind(1)
+    x.mul_(weights[-1])
+    for tap, w in zip(taps[:-1], weights[:-1], strict=True):
+        x.addcmul_(tap, w)
+    return F.silu(x, inplace=True)
+
+
+def _length(x: Tensor, eps: float) -> Tensor:
+    """sqrt(sum x^2 + eps) over the last dimension, which is kept."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(_constant(eps**0.5, x.dtype, x.device))
 
 
 def _decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """exp(-exp(A_log) * softplus(a + dt_bias)), in logarithms so that exp(A_log) cannot overflow to inf * 0."""
     x = a + dt_bias
-    # Below -15, log(softplus(x)) is x to float32 precision; there softplus itself would underflow.
-    log_softplus = torch.where(x < -15, x, F.softplus(x).log_())
-    return (A_log + log_softplus).exp_().neg_().exp_()
+    # log(softplus(x)) is below x, and equals it to float32 precision below -15, where softplus nears its underflow.
+    log_softplus = torch.minimum(x, F.softplus(x).clamp_min_(3e-7).log_())  # 3e-7 is softplus(-15)
+    return log_softplus.add_(A_log).exp_().neg_().exp_()
 
 
 def _delta_rule(state: Tensor, qk: Tensor, v: Tensor, beta: Tensor, decay: Tensor) -> Tensor:
-    """state <- decay * state + k delta^T, in place; returns o = state^T q. state: [B, HV, DK, DV], any dtype."""
+    """state <- decay * state + k delta^T, in place; returns o = state^T q, [B, HV, DV].
+
+    state: [B, HV, DK, DV] of any dtype, qk: [B, 2, HV, DK], v: [B, HV, DV], beta: [B, HV, 1], decay: [B, HV, 1, 1].
+    """
     B, HV, DK, DV = state.shape
-    dot = (qk[:, :, 0] * qk[:, :, 1]).sum(-1, keepdim=True)  # q.k, [B, HV, 1]
-    k = qk[:, :, 1, :, None]  # [B, HV, DK, 1]
-    decay = decay[:, :, None, None]
-    foldable = state.stride(0) == HV * state.stride(1)  # several sequences form one batch of heads without a copy
-    step = max(1, CHUNK_BYTES // (HV * DK * DV * state.element_size())) if foldable else 1
-    o = torch.empty_like(v)
-    for i in range(0, B, step):
-        chunk = slice(i, i + step)
-        stored = state[chunk]
-        S = stored.to(v.dtype)  # the state itself when it is in the dtype that we compute in
-        S.mul_(decay[chunk])
-        r, p = _weighted_rows(qk[chunk], S).unbind(2)  # S^T q, S^T k: [b, HV, DV]
-        delta = torch.sub(v[chunk], p).mul_(beta[chunk])
-        S.addcmul_(k[chunk], delta.unsqueeze(2))
-        torch.addcmul(r, dot[chunk], delta, out=o[chunk])
-        if S is not stored:
-            stored.copy_(S)
-    return o
+    # Several sequences are worked on in place only where no other memory lies between their states.
+    chunk = max(1, CHUNK_ELEMENTS // (HV * DK * DV)) if state.is_contiguous() else 1
+    if chunk < B:
+        chunks = zip(*(x.split(chunk) for x in (state, qk, v, beta, decay)), strict=True)
+        return torch.cat([_delta_rule(*arguments) for arguments in chunks])
+
+    S = state.to(v.dtype).contiguous()  # the state itself wherever it can be
+    q, k = qk.unbind(1)
+    S.mul_(decay)
+    delta = torch.sub(v, _weighted_rows(k, S)).mul_(beta)
+    S.addcmul_(k.unsqueeze(3), delta.unsqueeze(2))
+    if S is not state:
+        state.copy_(S)
+    return _weighted_rows(q, S)
 
 
-def _weighted_rows(weights: Tensor, S: Tensor) -> Tensor:
-    """S^T w for the two vectors of every head. weights: [b, HV, 2, DK], S: [b, HV, DK, DV] -> [b, HV, 2, DV].
+def _weighted_rows(x: Tensor, S: Tensor) -> Tensor:
+    """S^T x of every head. x: [B, HV, DK], S: [B, HV, DK, DV] -> [B, HV, DV].
 
-    A batched product of a 2 x DK by a DK x DV matrix packs S before it multiplies. A bag of embeddings, which is a
+    A batched product of a vector and a DK x DV matrix packs S before it multiplies. A bag of embeddings, which is a
     weighted sum of rows, streams it instead: 1.8 times faster than torch.bmm where both were measured.
     """
-    b, HV, DK, DV = S.shape
-    rows, bags = _bags(b * HV, DK, S.device)
-    out, *_ = torch.embedding_bag(
-        S.view(b * HV * DK, DV), rows, bags, mode=0, per_sample_weights=weights.flatten(), include_last_offset=False
-    )
-    return out.view(b, HV, 2, DV)
+    B, HV, DK, DV = S.shape
+    rows, bags = _bags(B * HV, DK, S.device)
+    out, *_ = torch.embedding_bag(S.view(-1, DV), rows, bags, mode=0, per_sample_weights=x.reshape(-1))
+    return out.view(B, HV, DV)
 
 
 @lru_cache(maxsize=16)
 def _bags(heads: int, DK: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row numbers of each head's state, twice over (once for q, once for k), and where each of these bags starts."""
-    rows = torch.arange(heads * DK, dtype=torch.int32, device=device).view(heads, 1, DK).expand(heads, 2, DK)
-    return rows.flatten(), torch.arange(0, 2 * heads * DK, DK, dtype=torch.int32, device=device)
+    """Row numbers of all heads' states, and where the bag of each head starts."""
+    rows = torch.arange(heads * DK, dtype=torch.int32, device=device)
+    return rows, rows[::DK].contiguous()
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=device)
