@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +99,12 @@ def decode_triton(
     cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
     """
     tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    pointers = [x.data_ptr() for x in tensors]
-    device = v.device
+    pointers = [*map(Tensor.data_ptr, tensors)]
+    at_q, at_k, at_v, at_z, _, _, at_conv, at_state, at_weight, _, _, at_norm = pointers
+    # What the kernel is compiled for. The other four are read a scalar at a time, whatever their alignment.
+    unaligned = (at_q | at_k | at_v | at_z | at_conv | at_state | at_weight | at_norm) & 15
     key = (
-        device.index,
+        v.get_device(),
         heads,
         eps,
         gate,
@@ -109,19 +112,20 @@ def decode_triton(
         v.shape,
         q.shape[2],
         conv_state.shape,
+        *map(Tensor.stride, tensors),
+        *map(_dtype, tensors),
+        tuple(p & 15 for p in pointers) if unaligned else None,
         None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.stride()),
-        *[x.stride() for x in tensors],
-        *[x.dtype for x in tensors],
-        *[p & 15 for p in pointers],
     )
     prepared = _prepared.get(key)
     if prepared is None:
         prepared = _remember(key, _prepare(tensors, eps, gate, cu_seqlens, heads, tile))
-    out = torch.empty((v.shape[0], heads[1] * v.shape[3]), dtype=v.dtype, device=device)
+    out = v.new_empty(v.shape[0], heads[1] * v.shape[3])
     prepared(tensors, pointers, cu_seqlens, out)
     return out
 
 
+_dtype = attrgetter("dtype")
 _Prepared = Callable[[tuple[Tensor, ...], list[int], "Tensor | None", Tensor], None]
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
 
