@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from models import LINEAR, build, generate, linear_layers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import qwen_fastdecode as qf
@@ -118,6 +118,28 @@ def test_a_layer_on_disk_falls_back_and_the_others_do_not(expected: Tensor, tmp_
     qf.patch(model)
     assert torch.equal(generate(model, NEW), expected)
     assert [layer.fast_steps for layer in qf.status(model).layers] == [NEW - 1, 0, NEW - 1]
+
+
+class LoadedAtUse(ModelHook):
+    """A hook of somebody's own: the weight is what it ought to be only while the module is in use."""
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        module.weight.data.mul_(4)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        module.weight.data.div_(4)
+        return output
+
+
+def test_a_hook_of_an_unknown_kind_is_upstreams_to_call(expected: Tensor) -> None:
+    model = build()
+    qf.patch(model)
+    for layer in linear_layers(model):
+        layer.conv1d.weight.data.div_(4)
+        add_hook_to_module(layer.conv1d, LoadedAtUse())
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fallbacks["hooks on conv1d or norm"] == STEPS
 
 
 def test_a_copy_with_hooks_is_not_patched_and_can_be(upstream: Any, expected: Tensor) -> None:
