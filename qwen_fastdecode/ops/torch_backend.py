@@ -134,30 +134,29 @@ def _convolve(
     (B, HK, DK), (R, DV), (first, count) = q.shape, v.shape[2:], heads
     if count == HK * R:
         x = torch.cat((torch.cat((q, k), dim=1).flatten(1), v.flatten(1)), dim=1)  # [B, C]
-        _shift(conv_state, x)
+        taps = _shift(conv_state, x)
         x = x.to(_compute_dtype(x))
-        y = _convolve_channels_(x, conv_state, weight)
+        y = _convolve_channels_(x, taps, weight)
     else:
         low, high = first // R, (first + count - 1) // R + 1  # key heads
         inputs = q[:, low:high], k[:, low:high], v.flatten(1, 2).narrow(1, *heads)
         starts = low * DK, (HK + low) * DK, 2 * HK * DK + first * DV
         spans = zip(inputs, starts, strict=True)
         y = torch.cat([_convolve_span(x, conv_state, weight, start) for x, start in spans], dim=1)
-    qk, v = y.tensor_split((y.shape[1] - count * DV,), dim=1)
-    return qk.view(B, 2, -1, DK), v.view(B, count, DV)
+    key = y.shape[1] - count * DV
+    return y.narrow(1, 0, key).view(B, 2, -1, DK), y.narrow(1, key, count * DV).view(B, count, DV)
 
 
 def _convolve_span(x: Tensor, conv_state: Tensor, weight: Tensor, start: int) -> Tensor:
     """The same for the channels from `start` on. x: [B, heads, DK or DV] -> [B, channels]."""
     x = x.flatten(1)
     span = start, x.shape[1]
-    conv_state = conv_state.narrow(1, *span)
-    _shift(conv_state, x)
-    return _convolve_channels_(x.to(_compute_dtype(x), copy=True), conv_state, weight.narrow(0, *span))
+    taps = _shift(conv_state.narrow(1, *span), x)
+    return _convolve_channels_(x.to(_compute_dtype(x), copy=True), taps, weight.narrow(0, *span))
 
 
-def _shift(conv_state: Tensor, x: Tensor) -> None:
-    """Each tap [B, channels, W] takes the place of the next older one; x [B, channels] becomes the newest."""
+def _shift(conv_state: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Each tap [B, channels, W] takes the place of the next older one; x [B, channels] becomes the newest of them."""
     taps = conv_state.unbind(2)
     if _are_words(conv_state):
         conv_state.view(torch.int64).bitwise_right_shift_(8 * conv_state.element_size())
@@ -165,6 +164,7 @@ def _shift(conv_state: Tensor, x: Tensor) -> None:
         for older, newer in pairwise(taps):
             older.copy_(newer)
     taps[-1].copy_(x)
+    return taps
 
 
 def _are_words(conv_state: Tensor) -> bool:
@@ -175,12 +175,12 @@ def _are_words(conv_state: Tensor) -> bool:
     return fits and sys.byteorder == "little" and not any(start % W for start in starts)
 
 
-def _convolve_channels_(x: Tensor, conv_state: Tensor, weight: Tensor) -> Tensor:
-    """Turns x [B, channels], the newest tap in the dtype that we compute in, into silu(conv).
+def _convolve_channels_(x: Tensor, taps: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    """Turns x [B, channels], the newest of the taps in the dtype that we compute in, into silu(conv).
 
     One tap at a time: all of them in float32 would take a fifth of the memory of the recurrent state.
     """
-    taps, weights = conv_state.unbind(2), weight.unbind(1)
+    weights = weight.unbind(1)
     x.mul_(weights[-1])
     for tap, w in zip(taps[:-1], weights[:-1], strict=True):
         x.addcmul_(tap, w)
