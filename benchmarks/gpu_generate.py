@@ -18,7 +18,7 @@ from gpu_report import progress, write_section
 from torch._dynamo.exc import TorchDynamoException
 
 import qwen_fastdecode
-from qwen_fastdecode.compare.generation import Batch, forced_logits, generate
+from qwen_fastdecode.compare.generation import Batch, Clock, forced_logits, generate
 from qwen_fastdecode.compare.layerwise import LayerwiseCheck
 
 BATCHES = (1, 32, 256)
@@ -42,7 +42,33 @@ class Side:
 
     tokens_per_second: float
     logits: torch.Tensor  # [B, decode steps, vocabulary] of the same forced tokens on every side
-    kernels: frozenset[str]  # of the device, by the profiler; empty on a CPU
+    work: DeviceWork
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """What the device did in decode steps, by the profiler: no counter sees inside a compiled graph."""
+
+    kernels: frozenset[str]  # their names; empty on a CPU
+    ms: float  # a step, all kernels and copies added up: free of what the host costs; 0 on a CPU
+
+
+class ProfiledSteps(Clock):
+    """Profiles `generate` from its third decode step on: the first two may compile and capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def put(self, value: torch.Tensor) -> None:
+        """Tokens have arrived: the prompt, the prefill's, then one of every sequence a step."""
+        super().put(value)
+        if len(self.arrivals) == 4:
+            self.profile.start()
+
+    def end(self) -> None:
+        """The last step is over."""
+        self.profile.stop()
 
 
 def measure(shape: ModelShape, batches: tuple[int, ...], compiled: bool, device: torch.device) -> Iterator[Row]:
@@ -72,23 +98,24 @@ def _attempt(model: Any, batch: Batch, tokens: torch.Tensor, enter: Enter) -> Si
             logits = forced_logits(model, batch, tokens)  # compiles and warms up
             for _ in range(ROUNDS):
                 steps += generate(model, batch, NEW_TOKENS).step_ms[2:]
-            kernels = _kernels(model, batch)
+            work = _device_work(model, batch)
     except (AssertionError, RuntimeError, TorchDynamoException) as error:
         return f"{type(error).__name__}: {error}"[:300]
-    return Side(1e3 * len(tokens) / statistics.median(steps), logits, kernels)
+    return Side(1e3 * len(tokens) / statistics.median(steps), logits, work)
 
 
-def _kernels(model: Any, batch: Batch) -> frozenset[str]:
-    """What the device ran for a few tokens: no counter sees inside a compiled graph."""
+def _device_work(model: Any, batch: Batch) -> DeviceWork:
     if model.device.type != "cuda":
-        return frozenset()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        generate(model, batch, 4)
-    return frozenset(event.name for event in profile.events())
+        return DeviceWork(frozenset(), 0.0)
+    clock = ProfiledSteps()
+    steps = len(generate(model, batch, NEW_TOKENS, clock).step_ms) - 2
+    events = [event for event in clock.profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ms = sum(event.time_range.elapsed_us() for event in events) / 1e3 / steps
+    return DeviceWork(frozenset(event.name for event in events), ms)
 
 
 def _ran(side: Side, *names: str) -> bool:
-    return any(name in kernel for kernel in side.kernels for name in names)
+    return any(name in kernel for kernel in side.work.kernels for name in names)
 
 
 def _step_distance(model: Any, batch: Batch, device: torch.device) -> float:
@@ -110,11 +137,12 @@ def _compare(before: Side | str, after: Side | str, step: float | None) -> Row:
     distance, limit = (logits, LOGITS_LIMIT) if step is None else (step, STEP_LIMIT)
     if not distance <= limit:
         return {"error": f"no speed: {'logits' if step is None else 'a layer step'} differ by {distance:.2e}"}
-    if after.kernels and (_ran(before, OURS) or not _ran(after, OURS)):
+    if after.work.kernels and (_ran(before, OURS) or not _ran(after, OURS)):
         return {"error": "no speed: the patched side did not run the fast kernel, or the unpatched side did"}
     kernels = "installed" if _ran(before, *INSTALLED) else "PyTorch"
     speeds = {"before": before.tokens_per_second, "after": after.tokens_per_second}
-    return {**speeds, "kernels": kernels, "step": step, "logits": logits}
+    device_ms = {"device_ms_before": before.work.ms, "device_ms_after": after.work.ms}
+    return {**speeds, **device_ms, "kernels": kernels, "step": step, "logits": logits}
 
 
 @contextmanager
@@ -146,7 +174,7 @@ def main() -> int:
     todo = [
         (dense(4 if dry_run else 32, dry_run), (1, 2) if dry_run else BATCHES, False),
         (experts(4 if dry_run else 8, dry_run), (1,) if dry_run else BATCHES, False),
-        (dense(4 if dry_run else COMPILED_LAYERS, dry_run), (1,) if dry_run else (1, 256), True),
+        (dense(4 if dry_run else COMPILED_LAYERS, dry_run), (1,) if dry_run else BATCHES, True),
     ]
     todo = [one for one in todo if arguments.match in f"{one[0].name} {'compiled' if one[2] else 'eager'}"]
     rows: list[Row] = []

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,9 +78,19 @@ def measure(w: Workload, baselines: bool, device: torch.device, bandwidth: float
     for name in installed_peers() if baselines else ():
         with _reported(row, name):
             _measure_peer(name, stack, device, row)
+    row["in_place_us"] = _in_place_us(stack, device)  # last: nothing is computed from these states any more
     del stack
     release_memory(device)
     return row
+
+
+def _in_place_us(stack: Stack, device: torch.device) -> float:
+    """Microseconds a layer of one elementwise operation on the recurrent states, in place.
+
+    The floor plus what any launch costs that reads and writes so many bytes: its start, its ramp and its tail.
+    """
+    states = [stack.step(i).recurrent_state for i in range(len(stack.layers))]
+    return device_us(Replay([partial(state.mul_, 0.5) for state in states], device), device) / len(states)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ CAPTION = """Microseconds a layer, from the outputs of the input projections to 
 activations, 16 key heads, heads of 128. Graph: replay of a CUDA graph of one step of every layer in turn, the states
 of all layers together at least four times the last cache. Eager: wall clock, one call a layer. Floor: the recurrent
 state read once and written once at the bandwidth of a device-to-device copy in the same run. "all bytes" counts the
-convolution's taps, the projections' outputs and the output as well. Every timed result was checked against float64.
-"PyTorch" is upstream's own code without kernels of other packages, "installed" with those it found; neither is
-compiled."""
+convolution's taps, the projections' outputs and the output as well. "in place": one elementwise operation on the same
+states, in place, in a graph as well: the floor and what it costs to launch anything. Every timed result was checked
+against float64. "PyTorch" is upstream's own code without kernels of other packages, "installed" with those it found;
+neither is compiled."""
 
 
 def markdown(machines: Sequence[dict[str, str]], sections: dict[str, Any]) -> str:
@@ -66,7 +67,7 @@ def best_tiles(rows: Sequence[Row]) -> str:
 
 
 def speeds(rows: Sequence[Row]) -> str:
-    label = ("family", "state", "HV", "batch", "layers", "floor", "graph: ours", "of floor", "of all bytes")
+    label = ("family", "state", "HV", "batch", "layers", "floor", "in place", "graph: ours", "of floor", "of all bytes")
     return table(
         (*label, "PyTorch", "installed", "eager: ours", "PyTorch", "installed"), (_speed_row(row) for row in rows)
     )
@@ -79,7 +80,7 @@ def _speed_row(row: Row) -> tuple[Any, ...]:
     ratios = ("", "") if ours is None else (f"{ours / floor:.2f}", f"{ours / all_bytes:.2f}")
     label = row["family"], row["state"], row["HV"], row["batch"], row["layers"]
     times = [_us(times.get(name)) for times in (graph, eager) for name in (OURS, PYTORCH, INSTALLED)]
-    return *label, _us(floor), times[0], *ratios, *times[1:]
+    return *label, _us(floor), _us(row.get("in_place_us")), times[0], *ratios, *times[1:]
 
 
 def peers(rows: Sequence[Row]) -> str:
@@ -127,18 +128,31 @@ def _ratio(rows: Sequence[Row], batch: int, kind: str, baseline: str) -> float |
 
 
 def generation(rows: Sequence[Row]) -> str:
-    """Tokens per second; the last columns say how far one layer step, and the logits, are from upstream's."""
-    head = ("model", "mode", "batch", "upstream", "tokens/s without", "tokens/s with", "ratio", "layer step", "logits")
+    """Tokens per second, and the device's own time a step, which no host slows down.
+
+    The last columns say how far one layer step, and the logits, are from upstream's.
+    """
+    head = ("model", "mode", "batch", "upstream", "tokens/s without", "tokens/s with", "ratio")
+    head += ("device ms without", "device ms with", "ratio", "layer step", "logits")
     return table(head, (_generation_row(row) for row in rows))
 
 
 def _generation_row(row: Row) -> tuple[Any, ...]:
     label = row["model"], row["mode"], row["batch"]
     if "error" in row:
-        return *label, row["asked"], "-", "-", "-", row["error"].replace("\n", " "), "-"
+        return *label, row["asked"], *["-"] * 6, row["error"].replace("\n", " "), "-"
     upstream = row["kernels"] if row["kernels"] == row["asked"] else f"{row['kernels']} ({row['asked']} asked for)"
     speeds = f"{row['before']:.0f}", f"{row['after']:.0f}", f"{row['after'] / row['before']:.2f}"
-    return *label, upstream, *speeds, *("-" if row[name] is None else f"{row[name]:.1e}" for name in ("step", "logits"))
+    device = _device_times(row.get("device_ms_before"), row.get("device_ms_after"))
+    distances = ("-" if row[name] is None else f"{row[name]:.1e}" for name in ("step", "logits"))
+    return *label, upstream, *speeds, *device, *distances
+
+
+def _device_times(before: float | None, after: float | None) -> tuple[str, str, str]:
+    """Both and their ratio; dashes where there was no device."""
+    if not before or not after:
+        return "-", "-", "-"
+    return f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f}"
 
 
 def shown(tile: Iterable[int] | None) -> str:
