@@ -23,12 +23,14 @@ from qwen_fastdecode.ops import tiles, triton_backend
 from qwen_fastdecode.ops.tiles import Tile
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+KINDS = {"NVIDIA H100 80GB HBM3": "sm_90"}  # GPUs with rows of their own in the table
 D, HK, R = 128, 16, 2  # the real sizes
 
 
 def shipped(arch: str) -> dict[str, Tile]:
     """The tiles of the table for one architecture, and the one for several tokens a sequence."""
-    found = {f"up to {row.max_work}": row.tile for row in tiles.shipped()[arch]}
+    gpus = [arch, *(gpu for gpu, built_as in KINDS.items() if built_as == arch)]
+    found = {f"{gpu}, up to {row.max_work}": row.tile for gpu in gpus for row in tiles.shipped()[gpu]}
     return {**found, "several tokens": tiles.whole_head(D)}
 
 

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from offline_compile import ARCHITECTURES, KINDS
 
 from qwen_fastdecode.ops import tiles
 from qwen_fastdecode.ops.tiles import Tile
-
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 
 
 @pytest.fixture
@@ -30,6 +29,14 @@ def test_every_work_has_a_tile(arch: str, DV: int, cache: Path) -> None:
         assert 16 <= tile.block_v <= tiles.power_of_two(DV)
         assert tile.block_v & (tile.block_v - 1) == 0
         assert tile.num_warps in (1, 2, 4, 8, 16)
+
+
+def test_a_kind_of_gpu_may_have_rows_of_its_own(cache: Path) -> None:
+    assert set(tiles.shipped()) == {*ARCHITECTURES, *KINDS}  # each is compiled by test_offline_compile
+    for gpu, arch in KINDS.items():
+        assert tiles.lookup(arch, gpu, 4096, 128) == tiles.shipped()[gpu][-1].tile
+        assert tiles.lookup(arch, "another", 4096, 128) == tiles.shipped()[arch][-1].tile
+        assert tiles.shipped()[gpu] != tiles.shipped()[arch]  # else they are not needed
 
 
 def test_rows_are_read_by_work() -> None:

@@ -33,8 +33,11 @@ class Row(NamedTuple):
 
 
 def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
-    """The tile for `work` = sequences x key heads on a GPU: the one tuned on that kind of GPU, else the shipped one."""
-    rows = tuned().get(device_name) or shipped()[closest(arch)]
+    """The tile for `work` = sequences x key heads on a GPU.
+
+    The one tuned on that kind of GPU, else the one shipped for it, else the one shipped for its architecture.
+    """
+    rows = tuned().get(device_name) or shipped().get(device_name) or shipped()[closest(arch)]
     return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
 
 
@@ -77,8 +80,8 @@ def power_of_two(n: int) -> int:
 
 @functools.cache
 def shipped() -> dict[str, list[Row]]:
-    """The rows of each architecture, by rising work."""
-    return _by_key("arch", tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"])
+    """The rows of each architecture, and of each kind of GPU that has rows of its own, by rising work."""
+    return _by_key("gpu", tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"])
 
 
 @functools.cache
