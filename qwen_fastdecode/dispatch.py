@@ -57,7 +57,7 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
     The projections are called as modules (adapters, quantised weights and tensor parallelism live there).
     """
     views = plan.family.project(layer, hidden_states, plan.sizes)
-    weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
+    weights = plan.family.weights(layer)
     if torch.compiler.is_compiling():
         tensors = (*views, *states, *weights)
         out = decode_registered(
@@ -67,4 +67,4 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
         decode = plan.backend_on(hidden_states.device).decode
         out = decode(*views, *states, *weights, eps=plan.eps, gate=plan.gate, cu_seqlens=None, heads=plan.heads)
         plan.count_fast_step()
-    return layer.out_proj(out.unsqueeze(1))  # [B, 1, HV * DV]
+    return plan.family.project_out(layer, out)

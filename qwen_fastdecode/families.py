@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,20 +62,44 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """One upstream model family: how its gated DeltaNet layers project a token."""
+    """One upstream model family: what its gated DeltaNet layers are made of, and how they project a token.
+
+    projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
+    project: calls them, as modules (layer, hidden_states [B, 1, hidden size], sizes).
+    norm, out_proj: the names of the gated norm and of the output projection.
+    """
 
     name: str
-    projections: tuple[str, ...]
+    projections: Mapping[str, str]
     project: Callable[[Any, Tensor, HeadSizes], DecodeViews]
+    norm: str = "norm"
+    out_proj: str = "out_proj"
 
     def projection_sizes(self, s: HeadSizes) -> tuple[int, ...]:
         """How many features each of `projections` gives."""
         key, value, heads = s.num_k_heads * s.head_k_dim, s.num_v_heads * s.head_v_dim, s.num_v_heads
-        if len(self.projections) == 2:
-            return 2 * key + 2 * value, 2 * heads
-        return 2 * key + value, value, heads, heads
+        features = {"q": key, "k": key, "v": value, "z": value, "b": heads, "a": heads}
+        return tuple(sum(features[part] for part in parts) for parts in self.projections.values())
+
+    def missing_parts(self, layer: nn.Module) -> list[str]:
+        """Which modules and parameters of this family `layer` does not have."""
+        names = (*self.projections, "conv1d", self.norm, self.out_proj, "A_log", "dt_bias")
+        return [name for name in names if not hasattr(layer, name)]
+
+    def read_modules(self, layer: Any) -> tuple[Any, Any]:
+        """conv1d and the gated norm: a fast step reads their weights and does not call them."""
+        return layer.conv1d, getattr(layer, self.norm)
+
+    def weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the op's order: conv_weight [C, W], A_log [HV], dt_bias [HV], norm_weight [DV]."""
+        conv1d, norm = self.read_modules(layer)
+        return conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, norm.weight
+
+    def project_out(self, layer: Any, out: Tensor) -> Tensor:
+        """The op's result [B, HV * DV] -> the layer's output [B, 1, hidden size]."""
+        return getattr(layer, self.out_proj)(out.unsqueeze(1))
 
 
 def project_grouped(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
@@ -103,8 +127,8 @@ def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeView
     )
 
 
-_GROUPED = (("in_proj_qkvz", "in_proj_ba"), project_grouped)
-_SPLIT = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), project_split)
+_GROUPED = ({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, project_grouped)
+_SPLIT = ({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}, project_split)
 
 FAMILIES = {
     family.name: family

@@ -62,29 +62,30 @@ class DecodePlan:
 
 def make_plan(layer: Any, name: str, family: Family, backend: str) -> DecodePlan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
-    missing = [part for part in (*family.projections, "conv1d", "norm", "A_log", "dt_bias") if not hasattr(layer, part)]
+    missing = family.missing_parts(layer)
     if missing:
         return f"it has no {', '.join(missing)}"
     sizes = HeadSizes.of(layer)
-    norm = read_norm(layer.norm)
+    conv1d, norm_module = family.read_modules(layer)
+    norm = read_norm(norm_module)
     if norm is None:
-        return f"its norm, {type(layer.norm).__name__}, is not a gated RMSNorm that was reviewed"
-    if layer.conv1d.bias is not None:
+        return f"its {family.norm}, {type(norm_module).__name__}, is not a gated RMSNorm that was reviewed"
+    if conv1d.bias is not None:
         return "its conv1d has a bias"
     if layer.activation not in ("silu", "swish"):
         return f"its convolution's activation is {layer.activation!r}, not silu"
     if not 2 <= sizes.conv_kernel_size <= 4:
         return f"its convolution has {sizes.conv_kernel_size} taps, not 2 to 4"
     shapes = {
-        "conv1d.weight": (layer.conv1d.weight, (sizes.conv_channels, 1, sizes.conv_kernel_size)),
+        "conv1d.weight": (conv1d.weight, (sizes.conv_channels, 1, sizes.conv_kernel_size)),
         "A_log": (layer.A_log, (sizes.num_v_heads,)),
         "dt_bias": (layer.dt_bias, (sizes.num_v_heads,)),
-        "norm.weight": (layer.norm.weight, (sizes.head_v_dim,)),
+        f"{family.norm}.weight": (norm_module.weight, (sizes.head_v_dim,)),
     }
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    return DecodePlan(name, family, sizes, norm, backend, type(layer.norm))
+    return DecodePlan(name, family, sizes, norm, backend, type(norm_module))
 
 
 def plan_of(layer: nn.Module) -> DecodePlan | None:

@@ -25,16 +25,17 @@ def test_reference_is_upstreams_law(family: str) -> None:
     cache = DynamicCache(config=model.config)
     hidden_states = torch.randn(2, 8, 32, dtype=torch.float64)
     layer(hidden_states[:, :5], cache_params=cache, attention_mask=None)
-    norm, sizes = read_norm(layer.norm), HeadSizes.of(layer)
+    known, sizes = FAMILIES[family.split(",")[0]], HeadSizes.of(layer)
+    norm = read_norm(known.read_modules(layer)[1])
     for t in range(5, 8):
         x = hidden_states[:, t : t + 1]
         conv, recurrent = (state.clone() for state in read_states(cache, layer.layer_idx))
         expected = layer(x, cache_params=cache, attention_mask=None)
         out = decode_reference(
-            *FAMILIES[family.split(",")[0]].project(layer, x, sizes),
+            *known.project(layer, x, sizes),
             conv,
             recurrent,
-            *(layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight),
+            *known.weights(layer),
             eps=norm.eps,
             gate=norm.gate,
             cu_seqlens=None,
@@ -42,6 +43,6 @@ def test_reference_is_upstreams_law(family: str) -> None:
         )
         states = read_states(cache, layer.layer_idx)
         assert isinstance(states, DecodeStates)
-        assert relative_rms(layer.out_proj(out.unsqueeze(1)), expected) <= FLOAT32
+        assert relative_rms(known.project_out(layer, out), expected) <= FLOAT32
         assert torch.equal(conv, states.conv)
         assert relative_rms(recurrent, states.recurrent) <= FLOAT32

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import qwen_fastdecode
+from qwen_fastdecode.families import FAMILIES
 
 from .generation import Batch, Clock, Run, encode, forced_logits, generate
 from .layerwise import LayerDistance, LayerwiseCheck
@@ -142,7 +143,7 @@ def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[
         backend=layers[0].backend,
         num_layers=model.config.get_text_config().num_hidden_layers,
         gdn_layers=len(layers),
-        upstream=upstream_kernels(model.get_submodule(layers[0].name)),
+        upstream=upstream_kernels(model.get_submodule(layers[0].name), FAMILIES[layers[0].family]),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device_name(model.device),
         threads=torch.get_num_threads(),
