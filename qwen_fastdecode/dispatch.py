@@ -59,12 +59,8 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
     views = plan.family.project(layer, hidden_states, plan.sizes)
     weights = plan.family.weights(layer)
     if torch.compiler.is_compiling():
-        tensors = (*views, *states, *weights)
-        out = decode_registered(
-            *tensors, eps=plan.eps, gate=plan.gate, backend=plan.backend, cu_seqlens=None, heads=plan.heads
-        )
+        out = decode_registered(*views, *states, *weights, backend=plan.backend, **plan.options)
     else:
-        decode = plan.backend_on(hidden_states.device).decode
-        out = decode(*views, *states, *weights, eps=plan.eps, gate=plan.gate, cu_seqlens=None, heads=plan.heads)
+        out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.options)
         plan.count_fast_step()
     return plan.family.project_out(layer, out)

@@ -69,6 +69,7 @@ class Family:
     projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
     project: calls them, as modules (layer, hidden_states [B, 1, hidden size], sizes).
     norm, out_proj: the names of the gated norm and of the output projection.
+    beta_scale: what a layer multiplies beta by.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Family:
     project: Callable[[Any, Tensor, HeadSizes], DecodeViews]
     norm: str = "norm"
     out_proj: str = "out_proj"
+    beta_scale: Callable[[Any], float] = lambda layer: 1.0
 
     def projection_sizes(self, s: HeadSizes) -> tuple[int, ...]:
         """How many features each of `projections` gives."""
@@ -127,8 +129,30 @@ def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeView
     )
 
 
+def project_apart(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
+    """olmo_hybrid: each from a projection of its own; g_proj gives what the gated norm takes, our z."""
+    B, HK, R, DK, DV = hidden_states.shape[0], s.num_k_heads, s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
+    return DecodeViews(
+        layer.q_proj(hidden_states).view(B, HK, DK),
+        layer.k_proj(hidden_states).view(B, HK, DK),
+        layer.v_proj(hidden_states).view(B, HK, R, DV),
+        layer.g_proj(hidden_states).view(B, HK, R, DV),
+        layer.b_proj(hidden_states).view(B, HK, R),
+        layer.a_proj(hidden_states).view(B, HK, R),
+    )
+
+
+def _two_where_negative(layer: Any) -> float:
+    """olmo_hybrid: twice beta lets the state's transition have negative eigenvalues."""
+    return 2.0 if layer.allow_neg_eigval else 1.0
+
+
 _GROUPED = ({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, project_grouped)
 _SPLIT = ({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}, project_split)
+_APART = (
+    {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
+    project_apart,
+)
 
 FAMILIES = {
     family.name: family
@@ -137,6 +161,7 @@ FAMILIES = {
         Family("qwen3_5", *_SPLIT),
         Family("qwen3_5_moe", *_SPLIT),
         Family("qwen4_exp", *_SPLIT),
+        Family("olmo_hybrid", *_APART, norm="o_norm", out_proj="o_proj", beta_scale=_two_where_negative),
     )
 }
 

@@ -23,16 +23,28 @@ class DecodePlan:
     """How one layer decodes. Reading it costs attribute look-ups; nothing is computed from configuration again."""
 
     def __init__(
-        self, name: str, family: Family, sizes: HeadSizes, norm: GatedNorm, backend: str, norm_class: type[Any]
+        self,
+        name: str,
+        family: Family,
+        sizes: HeadSizes,
+        norm: GatedNorm,
+        norm_class: type[Any],
+        beta_scale: float,
+        backend: str,
     ):
         self.name = name
         self.family = family
         self.sizes = sizes
-        self.eps = norm.eps
-        self.gate = norm.gate
         self.norm_class = norm_class
         self.backend = backend  # as asked for: "auto", "triton" or "torch"
         self.heads = (0, sizes.num_v_heads)
+        self.options: dict[str, Any] = {  # of the op
+            "eps": norm.eps,
+            "gate": norm.gate,
+            "beta_scale": beta_scale,
+            "cu_seqlens": None,
+            "heads": self.heads,
+        }
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
         self.recurrent_strides = (sizes.head_k_dim * sizes.head_v_dim, sizes.head_v_dim, 1)  # of a sequence
@@ -85,7 +97,7 @@ def make_plan(layer: Any, name: str, family: Family, backend: str) -> DecodePlan
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    return DecodePlan(name, family, sizes, norm, backend, type(norm_module))
+    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), backend)
 
 
 def plan_of(layer: nn.Module) -> DecodePlan | None:

@@ -71,8 +71,9 @@ def reference(call: Call) -> Result:
     states = read_states(call.cache, layer.layer_idx)
     conv, recurrent = states.conv.double(), states.recurrent.double()
     views = plan.family.project(layer, call.hidden_states, plan.sizes)
-    options = {"eps": plan.eps, "gate": plan.gate, "cu_seqlens": None, "heads": plan.heads}
-    return Result(decode_reference(*views, conv, recurrent, *plan.family.weights(layer), **options), conv, recurrent)
+    return Result(
+        decode_reference(*views, conv, recurrent, *plan.family.weights(layer), **plan.options), conv, recurrent
+    )
 
 
 def compare(checkpoint: str, dtype: torch.dtype) -> tuple[Result, Result, Result]:
