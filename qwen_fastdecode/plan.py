@@ -31,12 +31,14 @@ class DecodePlan:
         norm_class: type[Any],
         beta_scale: float,
         backend: str,
+        state_dtype: torch.dtype | None,
     ):
         self.name = name
         self.family = family
         self.sizes = sizes
         self.norm_class = norm_class
         self.backend = backend  # as asked for: "auto", "triton" or "torch"
+        self.state_dtype = state_dtype  # of the recurrent state; None: whatever it has
         self.heads = (0, sizes.num_v_heads)
         self.options: dict[str, Any] = {  # of the op
             "eps": norm.eps,
@@ -72,7 +74,9 @@ class DecodePlan:
         return type(None), ()
 
 
-def make_plan(layer: Any, name: str, family: Family, backend: str) -> DecodePlan | str:
+def make_plan(
+    layer: Any, name: str, family: Family, backend: str, state_dtype: torch.dtype | None = None
+) -> DecodePlan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
     missing = family.missing_parts(layer)
     if missing:
@@ -97,7 +101,7 @@ def make_plan(layer: Any, name: str, family: Family, backend: str) -> DecodePlan
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), backend)
+    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), backend, state_dtype)
 
 
 def plan_of(layer: nn.Module) -> DecodePlan | None:
