@@ -38,6 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from qwen_fastdecode.compare.upstream import upstream_kernels
+from qwen_fastdecode.families import FAMILIES
 
 MIN_RATIO, MAX_MEMORY, MAX_OPERATORS = 8.0, 5.0, 45  # targets; memory in % of the recurrent state
 
@@ -185,7 +186,7 @@ def main() -> None:
         sys.exit(str(wrong))
     with torch.no_grad():
         operators = {side: count_operators(side) for side in SIDES}
-        upstream = upstream_kernels(Setup(1, 1).layers[0]).summary
+        upstream = upstream_kernels(Setup(1, 1).layers[0], FAMILIES["qwen3_next"]).summary
     setting = {
         "upstream": upstream,
         "transformers": transformers.__version__,

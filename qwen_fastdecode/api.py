@@ -20,6 +20,7 @@ from .report import PatchReport, Status
 from .seams import upstream_classes
 
 _LENIENT = "Pass strict=False to leave such layers to upstream."
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _lock = threading.RLock()
 
 
@@ -28,12 +29,19 @@ class _Everything(NamedTuple):
 
     backend: str
     strict: bool
+    state_dtype: torch.dtype | None
 
 
 _everything: _Everything | None = None
 
 
-def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> PatchReport:
+def patch(
+    model: nn.Module | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
 
     Prefill, weights and every other layer stay as they are. Patching twice changes nothing.
@@ -43,6 +51,9 @@ def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool
             families in this process, those created later included.
         backend: "auto" (Triton on a GPU that can run it, else PyTorch), "triton" or "torch".
         strict: raise where a layer cannot be covered. False: leave it to upstream and say so in the report.
+        state_dtype: torch.bfloat16 keeps the recurrent states in the cache in bfloat16 from the prompt's end on, for
+            half their memory and traffic, at a cost in quality (README, "Same text?"). None: as upstream made them.
+            torch.float32 is the other choice. Inside torch.compile a state keeps the dtype that it has.
 
     Returns:
         A report with one entry a layer; `print` it.
@@ -52,11 +63,13 @@ def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool
         LayerNotCovered: a layer's forward was replaced, or its parts are not the ones that were reviewed.
         UnknownUpstream: Transformers' own code is not a version that was reviewed.
         BackendUnavailable: `backend` cannot run on the layers' device.
+        ValueError: there is no such backend, or a state cannot have that dtype.
     """
     with _lock:
+        _check_state_dtype(state_dtype)
         if model is None:
-            return _patch_everything(_Everything(backend, strict))
-        layers = find_layers(model, backend)
+            return _patch_everything(_Everything(backend, strict, state_dtype))
+        layers = find_layers(model, backend, state_dtype)
         _check(model, layers, backend, strict)
         _cover(layers)
         return PatchReport(tuple(describe(layer, everything=_everything is not None) for layer in layers))
@@ -82,12 +95,18 @@ def unpatch(model: nn.Module | None = None) -> None:
 
 
 @contextmanager
-def patched(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module | None = None,
+    *,
+    backend: str = "auto",
+    strict: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Iterator[PatchReport]:
     """`patch` for the length of a with block; what was patched before stays as it was. Yields the report."""
     with _lock:
         everything = _everything
         before = {module: vars(module)[PLAN] for module, _ in install.touched_layers()}
-        report = patch(model, backend=backend, strict=strict)
+        report = patch(model, backend=backend, strict=strict, state_dtype=state_dtype)
     try:
         yield report
     finally:
@@ -114,6 +133,13 @@ def status(model: nn.Module | None = None) -> Status:
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
+
+
+def _check_state_dtype(state_dtype: torch.dtype | None) -> None:
+    if state_dtype not in _STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype: got {state_dtype!r}, expected torch.bfloat16, torch.float32 or None (as upstream has it)"
+        )
 
 
 def _check(model: nn.Module, layers: list[FoundLayer], backend: str, strict: bool) -> None:
@@ -172,7 +198,14 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     if unknown and everything.strict:
         raise type(unknown[0])(f"{unknown[0]}. {_LENIENT}") from unknown[0]
     layers = [
-        inspect_layer(_name(module), module, upstream, verdicts[upstream.layer_class], everything.backend)
+        inspect_layer(
+            _name(module),
+            module,
+            upstream,
+            verdicts[upstream.layer_class],
+            everything.backend,
+            everything.state_dtype,
+        )
         for module, upstream in living_layers(upstreams)
     ]
     if everything.strict:
@@ -199,7 +232,9 @@ def _adopt(module: Any) -> DecodePlan | None:
             return None
         upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
         upstream = next(upstreams[base] for base in type(module).__mro__ if base in upstreams)
-        layer = inspect_layer(_name(module), module, upstream, review(upstream), _everything.backend)
+        layer = inspect_layer(
+            _name(module), module, upstream, review(upstream), _everything.backend, _everything.state_dtype
+        )
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
             return layer.plan

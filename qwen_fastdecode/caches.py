@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
@@ -33,6 +34,22 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     if getattr(layer, "record_past", False):  # 5.14 on
         return Reason.RECORDING_PAST
     return DecodeStates(conv, recurrent)
+
+
+def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> Tensor:
+    """Puts the recurrent state of layer `layer_idx` into `dtype`; what `read_states` gave before is no longer its.
+
+    Upstream's own passes go on with it: they compute in float32 and copy the result into the tensor that is there.
+    """
+    layer: Any = cache.layers[layer_idx]
+    held = layer.recurrent_states
+    state = (held[0] if isinstance(held, dict) else held).to(dtype)
+    torch._dynamo.mark_static_address(state)  # as upstream does: a captured graph then updates it in place
+    if isinstance(held, dict):
+        held[0] = state
+    else:
+        layer.recurrent_states = state
+    return state
 
 
 def _updates_in_place(cache: Cache, layer_idx: int) -> bool:

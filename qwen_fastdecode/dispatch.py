@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .caches import DecodeStates
+from .caches import DecodeStates, convert_recurrent_state
 from .eligibility import decode_states
 from .ops.library import decode_registered
 from .plan import EXCLUDED, PLAN, DecodePlan
 from .reasons import Reason
+
+_PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from
 
 # While `patch()` of everything is on: makes the plan of a layer that has none yet; None if it cannot be covered.
 adopt: Callable[[Any], DecodePlan | None] | None = None
@@ -40,10 +42,26 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if isinstance(states, Reason):
             if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
                 plan.count_fallback(states)
-            return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
-        return decode_step(plan, self, hidden_states, states)
+            out = original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+            if plan.state_dtype is not None and states in _PROMPT:
+                next_states = decode_states(plan, self, hidden_states[:, -1:], cache_params, None, kwargs)
+                if not isinstance(next_states, Reason):
+                    _convert(plan, self, cache_params, next_states)
+            return out
+        return decode_step(plan, self, hidden_states, _convert(plan, self, cache_params, states))
 
     return forward
+
+
+def _convert(plan: DecodePlan, layer: Any, cache: Any, states: DecodeStates) -> DecodeStates:
+    """The states, the recurrent one in the dtype that `patch` was asked for.
+
+    Not while compiling: a captured graph must not own a tensor that outlives it. A step that is compiled therefore
+    takes the state as it is, which an eager prompt's pass has converted (`generate` does not compile that one).
+    """
+    if plan.state_dtype in (None, states.recurrent.dtype) or torch.compiler.is_compiling():
+        return states
+    return states._replace(recurrent=convert_recurrent_state(cache, layer.layer_idx, plan.state_dtype))
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it
@@ -57,14 +75,10 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
     The projections are called as modules (adapters, quantised weights and tensor parallelism live there).
     """
     views = plan.family.project(layer, hidden_states, plan.sizes)
-    weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
+    weights = plan.family.weights(layer)
     if torch.compiler.is_compiling():
-        tensors = (*views, *states, *weights)
-        out = decode_registered(
-            *tensors, eps=plan.eps, gate=plan.gate, backend=plan.backend, cu_seqlens=None, heads=plan.heads
-        )
+        out = decode_registered(*views, *states, *weights, backend=plan.backend, **plan.options)
     else:
-        decode = plan.backend_on(hidden_states.device).decode
-        out = decode(*views, *states, *weights, eps=plan.eps, gate=plan.gate, cu_seqlens=None, heads=plan.heads)
+        out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.options)
         plan.count_fast_step()
-    return layer.out_proj(out.unsqueeze(1))  # [B, 1, HV * DV]
+    return plan.family.project_out(layer, out)

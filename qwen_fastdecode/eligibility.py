@@ -65,8 +65,7 @@ def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: d
 
 
 def _layer_reason(plan: DecodePlan, layer: Any, device: torch.device) -> Reason | None:
-    conv1d: Any = layer.conv1d
-    norm: Any = layer.norm
+    conv1d, norm = plan.family.read_modules(layer)
     if type(norm) is not plan.norm_class or conv1d.bias is not None:
         return Reason.CHANGED_LAYER
     if _is_hooked(conv1d) or _is_hooked(norm):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -62,20 +62,46 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """One upstream model family: how its gated DeltaNet layers project a token."""
+    """One upstream model family: what its gated DeltaNet layers are made of, and how they project a token.
+
+    projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
+    project: calls them, as modules (layer, hidden_states [B, 1, hidden size], sizes).
+    norm, out_proj: the names of the gated norm and of the output projection.
+    beta_scale: what a layer multiplies beta by.
+    """
 
     name: str
-    projections: tuple[str, ...]
+    projections: Mapping[str, str]
     project: Callable[[Any, Tensor, HeadSizes], DecodeViews]
+    norm: str = "norm"
+    out_proj: str = "out_proj"
+    beta_scale: Callable[[Any], float] = lambda layer: 1.0
 
     def projection_sizes(self, s: HeadSizes) -> tuple[int, ...]:
         """How many features each of `projections` gives."""
         key, value, heads = s.num_k_heads * s.head_k_dim, s.num_v_heads * s.head_v_dim, s.num_v_heads
-        if len(self.projections) == 2:
-            return 2 * key + 2 * value, 2 * heads
-        return 2 * key + value, value, heads, heads
+        features = {"q": key, "k": key, "v": value, "z": value, "b": heads, "a": heads}
+        return tuple(sum(features[part] for part in parts) for parts in self.projections.values())
+
+    def missing_parts(self, layer: nn.Module) -> list[str]:
+        """Which modules and parameters of this family `layer` does not have."""
+        names = (*self.projections, "conv1d", self.norm, self.out_proj, "A_log", "dt_bias")
+        return [name for name in names if not hasattr(layer, name)]
+
+    def read_modules(self, layer: Any) -> tuple[Any, Any]:
+        """conv1d and the gated norm: a fast step reads their weights and does not call them."""
+        return layer.conv1d, getattr(layer, self.norm)
+
+    def weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the op's order: conv_weight [C, W], A_log [HV], dt_bias [HV], norm_weight [DV]."""
+        conv1d, norm = self.read_modules(layer)
+        return conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, norm.weight
+
+    def project_out(self, layer: Any, out: Tensor) -> Tensor:
+        """The op's result [B, HV * DV] -> the layer's output [B, 1, hidden size]."""
+        return getattr(layer, self.out_proj)(out.unsqueeze(1))
 
 
 def project_grouped(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
@@ -103,8 +129,30 @@ def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeView
     )
 
 
-_GROUPED = (("in_proj_qkvz", "in_proj_ba"), project_grouped)
-_SPLIT = (("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"), project_split)
+def project_apart(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
+    """olmo_hybrid: each from a projection of its own; g_proj gives what the gated norm takes, our z."""
+    B, HK, R, DK, DV = hidden_states.shape[0], s.num_k_heads, s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
+    return DecodeViews(
+        layer.q_proj(hidden_states).view(B, HK, DK),
+        layer.k_proj(hidden_states).view(B, HK, DK),
+        layer.v_proj(hidden_states).view(B, HK, R, DV),
+        layer.g_proj(hidden_states).view(B, HK, R, DV),
+        layer.b_proj(hidden_states).view(B, HK, R),
+        layer.a_proj(hidden_states).view(B, HK, R),
+    )
+
+
+def _two_where_negative(layer: Any) -> float:
+    """olmo_hybrid: twice beta lets the state's transition have negative eigenvalues."""
+    return 2.0 if layer.allow_neg_eigval else 1.0
+
+
+_GROUPED = ({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, project_grouped)
+_SPLIT = ({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}, project_split)
+_APART = (
+    {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
+    project_apart,
+)
 
 FAMILIES = {
     family.name: family
@@ -113,6 +161,7 @@ FAMILIES = {
         Family("qwen3_5", *_SPLIT),
         Family("qwen3_5_moe", *_SPLIT),
         Family("qwen4_exp", *_SPLIT),
+        Family("olmo_hybrid", *_APART, norm="o_norm", out_proj="o_proj", beta_scale=_two_where_negative),
     )
 }
 

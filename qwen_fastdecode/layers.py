@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from . import install
@@ -27,15 +28,15 @@ class FoundLayer(NamedTuple):
     plan: DecodePlan | PatchError
 
 
-def find_layers(model: nn.Module, backend: str) -> list[FoundLayer]:
-    """Every gated DeltaNet layer in `model`, with the plan that it has if that is for `backend`, else a new one."""
+def find_layers(model: nn.Module, backend: str, state_dtype: torch.dtype | None = None) -> list[FoundLayer]:
+    """Every gated DeltaNet layer in `model`, with the plan that it has if that is the one asked for, else a new one."""
     known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
     verdicts = {layer_class: review(upstream) for layer_class, upstream in known.items()}
     found = []
     for name, module in model.named_modules():
         upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
         if upstream is not None:
-            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend))
+            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend, state_dtype))
         elif type(module).__name__.endswith("GatedDeltaNet"):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             found.append(FoundLayer(name, module, None, LayerNotCovered(f"{kind} is of no supported family")))
@@ -61,7 +62,12 @@ def review(upstream: Upstream) -> PatchError | None:
 
 
 def inspect_layer(
-    name: str, module: nn.Module, upstream: Upstream, verdict: PatchError | None, backend: str
+    name: str,
+    module: nn.Module,
+    upstream: Upstream,
+    verdict: PatchError | None,
+    backend: str,
+    state_dtype: torch.dtype | None = None,
 ) -> FoundLayer:
     """What can be done with one layer whose class got this verdict from `review`."""
     if verdict is not None:
@@ -70,9 +76,9 @@ def inspect_layer(
     if detour is not None:
         return FoundLayer(name, module, upstream, LayerNotCovered(detour))
     current = plan_of(module)
-    if current is not None and current.backend == backend:
+    if current is not None and (current.backend, current.state_dtype) == (backend, state_dtype):
         return FoundLayer(name, module, upstream, current)
-    plan = make_plan(module, name, FAMILIES[upstream.family], backend)
+    plan = make_plan(module, name, FAMILIES[upstream.family], backend, state_dtype)
     return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan)
 
 

@@ -23,16 +23,30 @@ class DecodePlan:
     """How one layer decodes. Reading it costs attribute look-ups; nothing is computed from configuration again."""
 
     def __init__(
-        self, name: str, family: Family, sizes: HeadSizes, norm: GatedNorm, backend: str, norm_class: type[Any]
+        self,
+        name: str,
+        family: Family,
+        sizes: HeadSizes,
+        norm: GatedNorm,
+        norm_class: type[Any],
+        beta_scale: float,
+        backend: str,
+        state_dtype: torch.dtype | None,
     ):
         self.name = name
         self.family = family
         self.sizes = sizes
-        self.eps = norm.eps
-        self.gate = norm.gate
         self.norm_class = norm_class
         self.backend = backend  # as asked for: "auto", "triton" or "torch"
+        self.state_dtype = state_dtype  # of the recurrent state; None: whatever it has
         self.heads = (0, sizes.num_v_heads)
+        self.options: dict[str, Any] = {  # of the op
+            "eps": norm.eps,
+            "gate": norm.gate,
+            "beta_scale": beta_scale,
+            "cu_seqlens": None,
+            "heads": self.heads,
+        }
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
         self.recurrent_strides = (sizes.head_k_dim * sizes.head_v_dim, sizes.head_v_dim, 1)  # of a sequence
@@ -60,31 +74,34 @@ class DecodePlan:
         return type(None), ()
 
 
-def make_plan(layer: Any, name: str, family: Family, backend: str) -> DecodePlan | str:
+def make_plan(
+    layer: Any, name: str, family: Family, backend: str, state_dtype: torch.dtype | None = None
+) -> DecodePlan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
-    missing = [part for part in (*family.projections, "conv1d", "norm", "A_log", "dt_bias") if not hasattr(layer, part)]
+    missing = family.missing_parts(layer)
     if missing:
         return f"it has no {', '.join(missing)}"
     sizes = HeadSizes.of(layer)
-    norm = read_norm(layer.norm)
+    conv1d, norm_module = family.read_modules(layer)
+    norm = read_norm(norm_module)
     if norm is None:
-        return f"its norm, {type(layer.norm).__name__}, is not a gated RMSNorm that was reviewed"
-    if layer.conv1d.bias is not None:
+        return f"its {family.norm}, {type(norm_module).__name__}, is not a gated RMSNorm that was reviewed"
+    if conv1d.bias is not None:
         return "its conv1d has a bias"
     if layer.activation not in ("silu", "swish"):
         return f"its convolution's activation is {layer.activation!r}, not silu"
     if not 2 <= sizes.conv_kernel_size <= 4:
         return f"its convolution has {sizes.conv_kernel_size} taps, not 2 to 4"
     shapes = {
-        "conv1d.weight": (layer.conv1d.weight, (sizes.conv_channels, 1, sizes.conv_kernel_size)),
+        "conv1d.weight": (conv1d.weight, (sizes.conv_channels, 1, sizes.conv_kernel_size)),
         "A_log": (layer.A_log, (sizes.num_v_heads,)),
         "dt_bias": (layer.dt_bias, (sizes.num_v_heads,)),
-        "norm.weight": (layer.norm.weight, (sizes.head_v_dim,)),
+        f"{family.norm}.weight": (norm_module.weight, (sizes.head_v_dim,)),
     }
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    return DecodePlan(name, family, sizes, norm, backend, type(layer.norm))
+    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), backend, state_dtype)
 
 
 def plan_of(layer: nn.Module) -> DecodePlan | None:

@@ -38,6 +38,7 @@ class Seam:
     layer: str
     transformers: str
     sources: dict[str, str]  # attribute of the module, dotted -> SHA-256 of its source
+    needs: str | None = None  # an attribute of the module: releases without it have another layer by the same name
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def load_seams() -> tuple[Seam, ...]:
     seams = []
     for path in sorted(folder.glob("*.toml")):
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        common = {key: data[key] for key in ("family", "module", "layer")}
+        common = {key: value for key, value in data.items() if key != "seam"}
         seams += [Seam(**common, **seam) for seam in data["seam"]]
     if not seams:
         raise FileNotFoundError(f"no reviewed seams (*.toml) in {folder}: the installation is incomplete")
@@ -69,11 +70,13 @@ def load_seams() -> tuple[Seam, ...]:
 
 def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
     """The gated DeltaNet classes that the installed Transformers has; only those already imported, unless asked."""
-    for family, module, layer in sorted({(seam.family, seam.module, seam.layer) for seam in load_seams()}):
+    classes = {(seam.family, seam.module, seam.layer): seam.needs for seam in load_seams()}
+    for (family, module, layer), needs in sorted(classes.items()):
         if module not in sys.modules and not (import_missing and _exists(module)):
             continue
-        layer_class = getattr(importlib.import_module(module), layer, None)
-        if layer_class is not None:
+        imported = importlib.import_module(module)
+        layer_class = getattr(imported, layer, None)
+        if layer_class is not None and (needs is None or hasattr(imported, needs)):
             yield Upstream(family, layer_class)
 
 

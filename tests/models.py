@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,6 +79,12 @@ def _qwen4_exp(gate: str) -> PreTrainedModel:
     return transformers.Qwen4ExpForCausalLM(config)
 
 
+def _olmo_hybrid(**changes: Any) -> PreTrainedModel:
+    sizes = {name: size for name, size in COMMON.items() if name != "head_dim"}
+    config = transformers.OlmoHybridConfig(**sizes | DENSE | _heads(4, 24) | changes)
+    return transformers.OlmoHybridForCausalLM(config)
+
+
 QWEN4 = {
     "hc_count": 2,
     "hc_lowrank": 8,
@@ -95,9 +102,22 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3_5_moe with vision": lambda: _with_vision("Qwen3_5Moe", COMMON | EXPERTS | _heads(4, 16)),
     "qwen4_exp": lambda: _qwen4_exp("silu"),
     "qwen4_exp, sigmoid gate": lambda: _qwen4_exp("sigmoid"),
+    "olmo_hybrid": _olmo_hybrid,
+    "olmo_hybrid, positive eigenvalues": lambda: _olmo_hybrid(linear_allow_neg_eigval=False),
 }
-# The families that the installed Transformers has.
-FAMILIES = [name for name in BUILDERS if importlib.util.find_spec(f"transformers.models.{name.split()[0].rstrip(',')}")]
+
+
+def _installed(name: str) -> bool:
+    """Whether the installed Transformers has the family, in the form that is supported."""
+    family = name.split()[0].rstrip(",")
+    module = f"transformers.models.{family}"
+    if importlib.util.find_spec(module) is None:
+        return False
+    older = family == "olmo_hybrid"  # which had another layer by the same name up to 5.14
+    return not older or hasattr(importlib.import_module(f"{module}.modeling_{family}"), "causal_conv1d_update")
+
+
+FAMILIES = [name for name in BUILDERS if _installed(name)]
 
 
 def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -107,7 +127,7 @@ def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrain
     for layer in linear_layers(model):
         nn.init.uniform_(layer.dt_bias, -6, 1)  # upstream's constant forgets within a token or two
         nn.init.normal_(layer.conv1d.weight)
-        nn.init.normal_(layer.norm.weight, mean=1.0)
+        nn.init.normal_((layer.o_norm if hasattr(layer, "o_norm") else layer.norm).weight, mean=1.0)
     return model
 
 

@@ -52,6 +52,7 @@ class Case:
     state_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None  # None: dtype
     gate: str = "silu"
+    beta_scale: float = 1.0
     eps: float = 1e-6
     heads: tuple[int, int] | None = None
     seed: int = 0
@@ -106,7 +107,8 @@ class Case:
         return self.cut(self.B, C, self.W, dims=(0, 2) if self.conv == "crop" else (0,))
 
     def options(self) -> dict[str, Any]:
-        return {"eps": self.eps, "gate": self.gate, "cu_seqlens": self.cu_seqlens, "heads": self.range}
+        options = {"eps": self.eps, "gate": self.gate, "beta_scale": self.beta_scale}
+        return {**options, "cu_seqlens": self.cu_seqlens, "heads": self.range}
 
     @property
     def range(self) -> tuple[int, int]:

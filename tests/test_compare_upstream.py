@@ -12,6 +12,9 @@ from torch import nn
 from transformers.models.qwen3_next import modeling_qwen3_next as upstream
 
 from qwen_fastdecode.compare.upstream import UpstreamKernels, upstream_kernels
+from qwen_fastdecode.families import FAMILIES
+
+QWEN3_NEXT = FAMILIES["qwen3_next"]
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ HUB = function_of("_gated_delta_rule_3f2a.ops", "fused_recurrent_gated_delta_rul
 
 
 def test_the_installed_release_without_other_packages(layer: nn.Module) -> None:
-    kernels = upstream_kernels(layer)
+    kernels = upstream_kernels(layer, QWEN3_NEXT)
     assert kernels.delta_rule == f"PyTorch reference ({upstream.__name__}.torch_recurrent_gated_delta_rule)"
     assert kernels.convolution.startswith(f"PyTorch reference ({upstream.__name__}.")
     assert kernels.norm == f"PyTorch reference ({upstream.__name__}.Qwen3NextRMSNormGated)"
@@ -73,7 +76,7 @@ def test_functions_of_the_module_with_a_fallback(
     monkeypatch.setattr(upstream, "causal_conv1d_update", wrap(with_fallback(reference, CONV)), raising=False)
     vars(layer).pop("recurrent_gated_delta_rule", None)  # up to 5.14
     vars(layer).pop("causal_conv1d_update", None)
-    kernels = upstream_kernels(layer)
+    kernels = upstream_kernels(layer, QWEN3_NEXT)
     assert kernels.delta_rule == f"flash-linear-attention ({FLA.__module__}.{FLA.__qualname__})"
     assert kernels.convolution == f"causal-conv1d ({CONV.__module__}.{CONV.__qualname__})"
     assert kernels.summary == (
@@ -83,7 +86,7 @@ def test_functions_of_the_module_with_a_fallback(
 
 def test_attributes_of_the_layer(layer: Any) -> None:
     layer.recurrent_gated_delta_rule, layer.causal_conv1d_update = FLA, CONV
-    kernels = upstream_kernels(layer)
+    kernels = upstream_kernels(layer, QWEN3_NEXT)
     assert kernels.delta_rule.startswith("flash-linear-attention (")
     assert kernels.convolution.startswith("causal-conv1d (")
 
@@ -93,21 +96,21 @@ def test_a_function_rebound_to_a_hub_kernel(layer: nn.Module, monkeypatch: pytes
     function.forward = MethodType(type(as_module(HUB)).forward, function)  # what kernelize() does
     monkeypatch.setattr(upstream, "torch_recurrent_gated_delta_rule", function)
     vars(layer).pop("recurrent_gated_delta_rule", None)
-    assert upstream_kernels(layer).delta_rule == f"hub kernel ({HUB.__module__}.{HUB.__qualname__})"
+    assert upstream_kernels(layer, QWEN3_NEXT).delta_rule == f"hub kernel ({HUB.__module__}.{HUB.__qualname__})"
 
 
 def test_a_layer_replaced_as_a_whole(layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer.forward = MethodType(function_of("_gdn_1a.layers", "Qwen3_5GatedDeltaNet.forward"), layer)
-    assert upstream_kernels(layer).summary == "other code"
+    assert upstream_kernels(layer, QWEN3_NEXT).summary == "other code"
     monkeypatch.setattr(type(layer), "kernel_layer_name", "Qwen3_5GatedDeltaNet", raising=False)
-    assert upstream_kernels(layer).summary == "hub kernel"
+    assert upstream_kernels(layer, QWEN3_NEXT).summary == "hub kernel"
 
 
 def test_a_norm_of_another_package(layer: Any) -> None:
     module = ModuleType("fla.modules")
     module.Norm = type("FusedRMSNormGated", (nn.Module,), {"__module__": "fla.modules"})
     layer.norm = module.Norm()
-    assert upstream_kernels(layer).norm == "flash-linear-attention (fla.modules.FusedRMSNormGated)"
+    assert upstream_kernels(layer, QWEN3_NEXT).norm == "flash-linear-attention (fla.modules.FusedRMSNormGated)"
 
 
 def test_summary_names_one_kind_once() -> None:
@@ -118,7 +121,7 @@ def test_summary_names_one_kind_once() -> None:
 def test_hooks_that_keep_the_forward_are_no_replacement(layer: nn.Module) -> None:
     from accelerate.hooks import ModelHook, add_hook_to_module
 
-    before = upstream_kernels(layer)
+    before = upstream_kernels(layer, QWEN3_NEXT)
     add_hook_to_module(layer, ModelHook())
     assert "forward" in vars(layer)
-    assert upstream_kernels(layer) == before
+    assert upstream_kernels(layer, QWEN3_NEXT) == before

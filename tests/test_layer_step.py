@@ -70,10 +70,10 @@ def reference(call: Call) -> Result:
     layer, plan = call.layer, plan_of(call.layer)
     states = read_states(call.cache, layer.layer_idx)
     conv, recurrent = states.conv.double(), states.recurrent.double()
-    weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
     views = plan.family.project(layer, call.hidden_states, plan.sizes)
-    options = {"eps": plan.eps, "gate": plan.gate, "cu_seqlens": None, "heads": plan.heads}
-    return Result(decode_reference(*views, conv, recurrent, *weights, **options), conv, recurrent)
+    return Result(
+        decode_reference(*views, conv, recurrent, *plan.family.weights(layer), **plan.options), conv, recurrent
+    )
 
 
 def compare(checkpoint: str, dtype: torch.dtype) -> tuple[Result, Result, Result]:

@@ -14,12 +14,22 @@ OPERATOR = torch.ops.qwen_fastdecode.gated_delta_decode.default
 
 def arguments(step: Step, backend: str) -> tuple:
     options = step.options
-    return *step.tensors, options["eps"], options["gate"], backend, options["cu_seqlens"], *options["heads"]
+    scalars = options["eps"], options["gate"], options["beta_scale"]
+    return *step.tensors, *scalars, backend, options["cu_seqlens"], *options["heads"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
 @pytest.mark.parametrize(
-    "step", [{}, {"T": 2}, {"lengths": [1, 2]}, {"heads": (1, 2)}, {"dtype": torch.float32, "gate": "sigmoid"}], ids=str
+    "step",
+    [
+        {},
+        {"T": 2},
+        {"lengths": [1, 2]},
+        {"heads": (1, 2)},
+        {"dtype": torch.float32, "gate": "sigmoid"},
+        {"beta_scale": 2.0},
+    ],
+    ids=str,
 )
 def test_opcheck(step: dict, backend: str) -> None:
     """Schema, mutations, fake implementation, static and dynamic shapes, as PyTorch itself checks them."""
@@ -28,7 +38,7 @@ def test_opcheck(step: dict, backend: str) -> None:
 
 
 def test_is_the_backend() -> None:
-    direct, registered = Step(heads=(1, 2)), Step(heads=(1, 2))
+    direct, registered = Step(heads=(1, 2), beta_scale=2.0), Step(heads=(1, 2), beta_scale=2.0)
     expected = decode_torch(*direct.tensors, **direct.options)
     assert torch.equal(decode_registered(*registered.tensors, **registered.options, backend="torch"), expected)
     assert torch.equal(registered.conv_state, direct.conv_state)

@@ -88,6 +88,16 @@ def test_gate_and_epsilon(gate: str, eps: float) -> None:
     Case(gate=gate, eps=eps).check(decode)
 
 
+@pytest.mark.parametrize("beta_scale", [0.5, 2.0])
+@pytest.mark.parametrize("T", [1, 3])
+def test_beta_scale(T: int, beta_scale: float) -> None:
+    """At 2 the state's transition along k has eigenvalues down to -1."""
+    Case(T=T, beta_scale=beta_scale, heads=(1, 2)).check(decode)
+    steep = Case(T=T, beta_scale=beta_scale)
+    steep["b"].fill_(30)  # beta is the scale itself
+    steep.check(decode)
+
+
 @pytest.mark.parametrize("T", [2, 5])
 @pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -244,6 +254,7 @@ def test_any_shape(data: st.DataObject) -> None:
         dtype=draw(st.sampled_from([F32, BF16, F16]), "dtype"),
         state_dtype=draw(st.sampled_from([F32, BF16]), "state dtype"),
         heads=(first, draw(st.integers(1, HV - first), "count")),
+        beta_scale=draw(st.sampled_from([1.0, 2.0]), "beta scale"),
         seed=draw(st.integers(0, 9), "seed"),
         **sizes,
     ).check(decode)

@@ -85,6 +85,11 @@ def test_gate() -> None:
     refuse("gate: got 'gelu', expected one of 'silu', 'sigmoid'", gate="gelu")
 
 
+@pytest.mark.parametrize("beta_scale", [0.0, -1.0, 2.5, float("nan")])
+def test_beta_scale(beta_scale: float) -> None:
+    refuse(f"beta_scale: got {beta_scale}, expected more than 0 and at most 2", beta_scale=beta_scale)
+
+
 @pytest.mark.parametrize("heads", [(-1, 2), (0, 0), (3, 2), (4, 1)], ids=str)
 def test_heads(heads: tuple[int, int]) -> None:
     refuse(f"heads: got (first, count) = {heads}, expected a range inside the 4 value heads", heads=heads)

@@ -156,3 +156,13 @@ def test_the_entries_for_the_installed_release_are_printed(capsys: pytest.Captur
     digests = [line.partition(" = ")[2].strip('"') for line in printed.splitlines() if '" = "' in line]
     assert digests
     assert set(digests) <= reviewed
+
+
+@pytest.mark.parametrize("family", sorted({"olmo_hybrid"} & set(FAMILIES)))
+def test_an_older_layer_by_the_same_name_is_of_no_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 5.14 olmo_hybrid was another step: neither patched nor in the way of a `patch()` of everything."""
+    model = build(family)
+    monkeypatch.delattr(sys.modules[type(linear_layers(model)[0]).__module__], "causal_conv1d_update")
+    with pytest.raises(qf.NothingToPatch, match="OlmoHybridGatedDeltaNet is of no supported family"):
+        qf.patch(model)
+    assert family not in {layer.family for layer in qf.patch().layers}

@@ -41,6 +41,21 @@ def test_extreme_gates(gates: dict[str, float], T: int) -> None:
     assert step.recurrent_state.isfinite().all()
 
 
+@pytest.mark.parametrize("b", [None, 30.0], ids=["random-b", "beta-is-the-scale"])
+@pytest.mark.parametrize("T", [1, 2])
+def test_beta_scale(T: int, b: float | None) -> None:
+    step = Step(dtype=F32, T=T, beta_scale=2.0)
+    if b is not None:
+        step.b.fill_(b)
+    step.check()
+
+
+def test_one_launch_is_prepared_for_each_beta_scale() -> None:
+    """The scale is compiled in: the next call, of another scale, must not get this one's kernel."""
+    for beta_scale in (1.0, 2.0, 1.0):
+        Step(dtype=F32, margin=4, beta_scale=beta_scale).check()  # aligned alike: nothing else tells them apart
+
+
 @pytest.mark.parametrize("vanish", ["q", "k", "v", "z", "all"])
 def test_zero_vectors(vanish: str) -> None:
     """Over a window of zeros q and k are zero: the epsilons keep 0 / 0 away, here and in the norm."""

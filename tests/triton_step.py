@@ -43,6 +43,7 @@ class Step:
     weight_dtype: torch.dtype | None = None  # of conv_weight, A_log, dt_bias, norm_weight; None: dtype
     margin: int = 5  # poisoned elements on each side of a view; odd, so that nothing is aligned
     gate: str = "silu"
+    beta_scale: float = 1.0
     heads: tuple[int, int] | None = None
     seed: int = 0
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (buffer, its used part) of each view
@@ -95,7 +96,8 @@ class Step:
 
     @property
     def options(self) -> dict:
-        return {"eps": 1e-6, "gate": self.gate, "cu_seqlens": self.cu_seqlens, "heads": self.heads}
+        options = {"eps": 1e-6, "gate": self.gate, "beta_scale": self.beta_scale}
+        return {**options, "cu_seqlens": self.cu_seqlens, "heads": self.heads}
 
     def run(self, tile: Tile | None = None) -> Tensor:
         """The kernel on this step; updates its states."""

@@ -16,7 +16,7 @@ from qwen_fastdecode.ops.backends import BACKENDS
 
 from .inputs import DTYPES, check_plot, check_writable, fill_batch, find_device, load_model, read_prompts, require
 from .result import Comparison
-from .run import Settings, compare, total_runs
+from .run import STATE_DTYPES, Settings, compare, total_runs
 
 DESCRIPTION = """\
 Runs MODEL with and without the patch in one process, alternately, and reports whether both write the same text and how
@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
     add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
+    add("--state-dtype", choices=STATE_DTYPES, help="of the patched model's recurrent states (default: upstream's)")
     add("--json", metavar="FILE", type=Path, help="write everything that was measured")
     add("--plot", metavar="FILE", type=Path, help="draw the latency of every token and the ratios (png, svg, pdf)")
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     silence_libraries()
     model, tokenizer = load_model(args.model, args.dtype, device)
-    settings = Settings(args.new_tokens, args.repeat, args.backend)
+    settings = Settings(args.new_tokens, args.repeat, args.backend, args.state_dtype)
     comparison = compare_with_progress(model, tokenizer, prompts, settings)
     report(comparison, args.json, args.plot)
     return 1 if comparison.parity.failures else 0

@@ -85,6 +85,8 @@ def details(c: Comparison) -> Table:
     if c.speed is not None:
         grid.add_row("served fast", served(c.speed.service))
     grid.add_row("patched layers", f"{c.setup.gdn_layers} of {c.setup.num_layers}, {c.setup.backend} backend")
+    if c.setup.state_dtype is not None:
+        grid.add_row("patched states", f"recurrent ones in {c.setup.state_dtype}")
     grid.add_row("upstream ran", c.setup.upstream.summary)
     versions = ", ".join(f"{name} {number}" for name, number in c.setup.versions.items())
     grid.add_row("environment", f"{versions}; CPU threads: {c.setup.threads}")

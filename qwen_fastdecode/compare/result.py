@@ -30,6 +30,7 @@ class Setup:
     new_tokens: int
     repeat: int
     versions: dict[str, str]
+    state_dtype: str | None = None  # of the patched side's recurrent states; None: upstream's
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import distributions, version
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import qwen_fastdecode
+from qwen_fastdecode.families import FAMILIES
+from qwen_fastdecode.report import PatchReport
 
 from .generation import Batch, Clock, Run, encode, forced_logits, generate
 from .layerwise import LayerDistance, LayerwiseCheck
@@ -23,14 +25,22 @@ from .upstream import upstream_kernels
 
 T = TypeVar("T")
 
+STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What is generated, how often, and by which backend."""
+    """What is generated, how often, by which backend, and with which dtype of the patched side's recurrent states."""
 
     new_tokens: int = 64
     repeat: int = 5
     backend: str = "auto"
+    state_dtype: str | None = None  # None: upstream's
+
+    def patched(self, model: Any) -> AbstractContextManager[PatchReport]:
+        """The patched side."""
+        state_dtype = None if self.state_dtype is None else STATE_DTYPES[self.state_dtype]
+        return qwen_fastdecode.patched(model, backend=self.backend, state_dtype=state_dtype)
 
 
 class Sides:
@@ -43,7 +53,7 @@ class Sides:
     def run(self, what: str, is_patched: bool, call: Callable[[], T]) -> T:
         """`call` on one side."""
         self._on_run(f"{what}, {'patched' if is_patched else 'unpatched'}")
-        with qwen_fastdecode.patched(self.model, backend=self.settings.backend) if is_patched else nullcontext():
+        with self.settings.patched(self.model) if is_patched else nullcontext():
             return call()
 
     def both(self, what: str, call: Callable[[], T], patched_first: bool = False) -> tuple[T, T]:
@@ -107,7 +117,8 @@ def compare(
     sample = Sample(prompts[0], tokenizer.decode(upstream.tokens[0]), tokenizer.decode(patched.tokens[0]))
     texts = [(upstream.tokens, patched.tokens)]
     distances = sides.distances(upstream.tokens, layers)
-    parity = Parity(setup.dtype, setup.num_layers, *distances, GreedyAgreement.between(texts))
+    greedy = GreedyAgreement.between(texts)
+    parity = Parity(setup.dtype, setup.num_layers, *distances, greedy, setup.state_dtype)
     if parity.failures:
         return Comparison(setup, parity, None, sample)
 
@@ -133,7 +144,7 @@ def service_of(model: Any) -> Service:
 
 def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[str]]:
     """The setup, and the names of the layers that the patch covers. Raises PatchError where it covers none."""
-    with qwen_fastdecode.patched(model, backend=settings.backend) as report:
+    with settings.patched(model) as report:
         layers = report.layers
     sequences, prompt_tokens = batch["input_ids"].shape
     setup = Setup(
@@ -142,7 +153,7 @@ def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[
         backend=layers[0].backend,
         num_layers=model.config.get_text_config().num_hidden_layers,
         gdn_layers=len(layers),
-        upstream=upstream_kernels(model.get_submodule(layers[0].name)),
+        upstream=upstream_kernels(model.get_submodule(layers[0].name), FAMILIES[layers[0].family]),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device_name(model.device),
         threads=torch.get_num_threads(),
@@ -151,6 +162,7 @@ def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[
         new_tokens=settings.new_tokens,
         repeat=settings.repeat,
         versions=versions(),
+        state_dtype=settings.state_dtype,
     )
     return setup, [layer.name for layer in layers if layer.covered]
 

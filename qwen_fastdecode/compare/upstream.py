@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from qwen_fastdecode.families import Family
+
 _KNOWN = {
     "transformers": "PyTorch reference",
     "fla": "flash-linear-attention",
@@ -35,8 +37,9 @@ class UpstreamKernels:
         return ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
 
 
-def upstream_kernels(layer: nn.Module) -> UpstreamKernels:
+def upstream_kernels(layer: nn.Module, family: Family) -> UpstreamKernels:
     """What a decode step of the unpatched `layer` runs."""
+    _, norm = family.read_modules(layer)
     forward = layer.__dict__.get("forward")
     if forward is not None and _package(forward) != "transformers":  # the layer as a whole was replaced
         whole = describe(forward, from_hub=hasattr(type(layer), "kernel_layer_name"))
@@ -44,7 +47,7 @@ def upstream_kernels(layer: nn.Module) -> UpstreamKernels:
     return UpstreamKernels(
         _describe_used(layer, "recurrent_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
         _describe_used(layer, "causal_conv1d_update", "causal_conv1d_update"),
-        describe(type(layer.norm)),
+        describe(type(norm)),
     )
 
 

@@ -24,6 +24,7 @@ def gated_delta_decode(
     *,
     eps: float = 1e-6,
     gate: str = "silu",
+    beta_scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     heads: tuple[int, int] | None = None,
     backend: str = "auto",
@@ -36,12 +37,13 @@ def gated_delta_decode(
     Args:
         q, k: [N, HK, DK], of N tokens in all; any strides but the last, which is 1: views of the projections' outputs.
         v, z: [N, HK, R, DV], strides likewise.
-        b, a: [N, HK, R], any strides; beta = sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias)).
+        b, a: [N, HK, R], any strides; beta = beta_scale * sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias)).
         conv_state: [B, C, W], any strides; C = 2 * HK * DK + HV * DV channels [q | k | v], W taps, the oldest first.
         recurrent_state: [B, HV, DK, DV], float32 or bfloat16; computed in float32, rounded once a call.
         conv_weight: [C, W]. A_log, dt_bias: [HV]. norm_weight: [DV].
         eps: of the gated RMSNorm, added to the mean of squares.
         gate: activation of z, "silu" or "sigmoid".
+        beta_scale: above 0, at most 2. With 2 the state's transition may have negative eigenvalues (arXiv:2411.12537).
         cu_seqlens: [B + 1], int32 or int64: sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: each of
             the B sequences owns N / B tokens in a row.
         heads: (first, count), the value heads to compute; only their states, their v channels' taps and the q and k
@@ -52,10 +54,10 @@ def gated_delta_decode(
         [N, count * DV] in the dtype of v.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or stride is not as above; the message names it.
+        ValueError: an argument's shape, dtype, device, stride or value is not as above; the message names it.
         BackendUnavailable: `backend` cannot run on the device of q.
     """
     tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    heads = check_arguments(*tensors, gate=gate, cu_seqlens=cu_seqlens, heads=heads)
+    heads = check_arguments(*tensors, gate=gate, beta_scale=beta_scale, cu_seqlens=cu_seqlens, heads=heads)
     decode = select_backend(backend, q.device).decode
-    return decode(*tensors, eps=eps, gate=gate, cu_seqlens=cu_seqlens, heads=heads)
+    return decode(*tensors, eps=eps, gate=gate, beta_scale=beta_scale, cu_seqlens=cu_seqlens, heads=heads)

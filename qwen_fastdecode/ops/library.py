@@ -17,7 +17,7 @@ _LIBRARY.define(
     "gated_delta_decode("
     "Tensor q, Tensor k, Tensor v, Tensor z, Tensor b, Tensor a, Tensor(a!) conv_state, Tensor(b!) recurrent_state, "
     "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "
-    "float eps, str gate, str backend, Tensor? cu_seqlens, int first_head, int head_count) -> Tensor",
+    "float eps, str gate, float beta_scale, str backend, Tensor? cu_seqlens, int first_head, int head_count) -> Tensor",
     # The kernel takes strides as they are, so the compiler must not lay an argument out anew (q to a have unit stride).
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -39,6 +39,7 @@ def _decode(
     norm_weight: Tensor,
     eps: float,
     gate: str,
+    beta_scale: float,
     backend: str,
     cu_seqlens: Tensor | None,
     first_head: int,
@@ -46,7 +47,8 @@ def _decode(
 ) -> Tensor:
     tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
     decode = select_backend(backend, v.device).decode
-    return decode(*tensors, eps=eps, gate=gate, cu_seqlens=cu_seqlens, heads=(first_head, head_count))
+    options = {"eps": eps, "gate": gate, "beta_scale": beta_scale, "cu_seqlens": cu_seqlens}
+    return decode(*tensors, **options, heads=(first_head, head_count))
 
 
 @torch.library.register_fake("qwen_fastdecode::gated_delta_decode", lib=_LIBRARY)
@@ -71,10 +73,12 @@ def decode_registered(
     *,
     eps: float,
     gate: str,
+    beta_scale: float = 1.0,
     backend: str,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
 ) -> Tensor:
     """`gated_delta_decode`, its arguments unchecked, as the operator qwen_fastdecode::gated_delta_decode."""
     tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    return torch.ops.qwen_fastdecode.gated_delta_decode(*tensors, eps, gate, backend, cu_seqlens, *heads)
+    options = eps, gate, beta_scale, backend, cu_seqlens
+    return torch.ops.qwen_fastdecode.gated_delta_decode(*tensors, *options, *heads)

@@ -29,6 +29,7 @@ def decode_reference(
     *,
     eps: float,
     gate: str,
+    beta_scale: float = 1.0,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
 ) -> Tensor:
@@ -58,7 +59,7 @@ def decode_reference(
             qh = (qh * torch.rsqrt((qh * qh).sum(-1, keepdim=True) + 1e-6) / s.DK**0.5)[key_heads]
             kh = (kh * torch.rsqrt((kh * kh).sum(-1, keepdim=True) + 1e-6))[key_heads]
             vh = vc.view(s.HV, s.DV)[value_heads]
-            beta = torch.sigmoid(b[t].double().flatten()[value_heads])
+            beta = beta_scale * torch.sigmoid(b[t].double().flatten()[value_heads])
             x = a[t].double().flatten()[value_heads] + bias
             decay = torch.exp(-rate * torch.logaddexp(x, torch.zeros_like(x)))  # logaddexp(x, 0) = softplus(x)
             S = decay[:, None, None] * S

@@ -59,6 +59,7 @@ def check_arguments(
     norm_weight: Tensor,
     *,
     gate: str,
+    beta_scale: float,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int] | None,
 ) -> tuple[int, int]:
@@ -101,6 +102,8 @@ def check_arguments(
         raise ValueError(f"conv_state: got {s.W} taps, expected 2 to 4")
     if gate not in GATES:
         raise ValueError(f"gate: got {gate!r}, expected one of {', '.join(map(repr, GATES))}")
+    if not 0 < beta_scale <= 2:  # beyond 2 the state grows: the transition's eigenvalue along k is 1 - beta
+        raise ValueError(f"beta_scale: got {beta_scale}, expected more than 0 and at most 2")
     _check_tokens(s, cu_seqlens, q.device)
     first, count = (0, s.HV) if heads is None else heads
     if not (first >= 0 and count >= 1 and first + count <= s.HV):

@@ -36,6 +36,7 @@ def decode_torch(
     *,
     eps: float,
     gate: str,
+    beta_scale: float = 1.0,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
 ) -> Tensor:
@@ -46,7 +47,7 @@ def decode_torch(
     tokens, weights = (q, k, v, z, b, a), (conv_weight, A_log, dt_bias, norm_weight)
     N, B = q.shape[0], conv_state.shape[0]
     with torch.inference_mode():
-        step = partial(_decode_token, weights=weights, eps=eps, gate=gate, heads=heads)
+        step = partial(_decode_token, weights=weights, eps=eps, gate=gate, beta_scale=beta_scale, heads=heads)
         state = recurrent_state.narrow(1, *heads)  # [B, count, DK, DV]
         if cu_seqlens is None and N == B:
             o = step(tokens, conv_state, state)
@@ -85,6 +86,7 @@ def _decode_token(
     weights: tuple[Tensor, Tensor, Tensor, Tensor],
     eps: float,
     gate: str,
+    beta_scale: float,
     heads: tuple[int, int],
 ) -> Tensor:
     """One token a sequence. state: [B, count, DK, DV], those of `heads`; returns [B, count * DV]."""
@@ -95,6 +97,8 @@ def _decode_token(
         z, b, a = (x.flatten(1, 2).narrow(1, *heads) for x in (z, b, a))
         A_log, dt_bias = A_log.narrow(0, *heads), dt_bias.narrow(0, *heads)
     beta = torch.sigmoid(b.to(_compute_dtype(v))).flatten(1)  # [B, count], as decay
+    if beta_scale != 1.0:
+        beta.mul_(beta_scale)
     decay = _decay(a.to(_compute_dtype(v)).flatten(1), A_log, dt_bias)
     o = _attend(q, k, v, beta, decay, conv_state, state, conv_weight, heads)  # [B, count, DV]
 

@@ -53,6 +53,7 @@ class Layout(NamedTuple):
     scale: float  # DK ** -0.5
     eps: float
     silu: bool
+    beta_scale: float
     BLOCK_K: int
     BLOCK_V: int
     TILES: int  # tiles of BLOCK_V columns in a value head
@@ -88,6 +89,7 @@ def decode_triton(
     *,
     eps: float,
     gate: str,
+    beta_scale: float = 1.0,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
     tile: Tile | None = None,
@@ -108,6 +110,7 @@ def decode_triton(
         heads,
         eps,
         gate,
+        beta_scale,
         tile,
         v.shape,
         q.shape[2],
@@ -119,7 +122,7 @@ def decode_triton(
     )
     prepared = _prepared.get(key)
     if prepared is None:
-        prepared = _remember(key, _prepare(tensors, eps, gate, cu_seqlens, heads, tile))
+        prepared = _remember(key, _prepare(tensors, eps, gate, beta_scale, cu_seqlens, heads, tile))
     out = v.new_empty(v.shape[0], heads[1] * v.shape[3])
     prepared(tensors, pointers, cu_seqlens, out)
     return out
@@ -155,6 +158,7 @@ def describe(
     heads: tuple[int, int],
     tile: Tile | None,
     max_programs: int,
+    beta_scale: float = 1.0,
 ) -> Launch:
     """The launch for these arguments (in the op's order), whatever device they are on."""
     _check(tensors, cu_seqlens)
@@ -164,7 +168,7 @@ def describe(
     items = s.B * key_heads
     if tile is None:
         tile = table_tile(tensors[0].device, items, s.DV) if one_token else tiles.whole_head(s.DV)
-    layout = _layout(s, tensors, eps, gate, heads, key_heads, tile, strided=items > max_programs)
+    layout = _layout(s, tensors, eps, gate, beta_scale, heads, key_heads, tile, strided=items > max_programs)
     if not one_token and layout.TILES > 1:
         raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
@@ -175,6 +179,7 @@ def _prepare(
     tensors: tuple[Tensor, ...],
     eps: float,
     gate: str,
+    beta_scale: float,
     cu_seqlens: Tensor | None,
     heads: tuple[int, int],
     tile: Tile | None,
@@ -182,7 +187,7 @@ def _prepare(
     """Compiles the kernel for one kind of arguments; returns what launches it."""
     device = tensors[0].device
     kernel, numbers, layout, options, grid = describe(
-        tensors, eps, gate, cu_seqlens, heads, tile, _max_programs(device)
+        tensors, eps, gate, cu_seqlens, heads, tile, _max_programs(device), beta_scale
     )
     if INTERPRETED:
         return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
@@ -219,6 +224,7 @@ def _layout(
     tensors: tuple[Tensor, ...],
     eps: float,
     gate: str,
+    beta_scale: float,
     heads: tuple[int, int],
     key_heads: int,
     tile: Tile,
@@ -254,6 +260,7 @@ def _layout(
         scale=s.DK**-0.5,
         eps=eps,
         silu=gate == "silu",
+        beta_scale=beta_scale,
         BLOCK_K=tiles.power_of_two(s.DK),
         BLOCK_V=tile.block_v,
         TILES=tiles.power_of_two(s.DV) // tile.block_v,

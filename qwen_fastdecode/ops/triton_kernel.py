@@ -120,6 +120,7 @@ def decode_token(
                 tl.load(a + i * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
                 tl.load(A_log + hv).to(tl.float32),
                 tl.load(dt_bias + hv).to(tl.float32),
+                L.beta_scale,
             )
             v_channel = 2 * L.HK * L.DK + hv * L.DV + column
             v_conv, v0, v1, v2, v3 = convolve_token(
@@ -236,6 +237,7 @@ def decode_tokens(
                     tl.load(a + t * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
                     rate,
                     bias,
+                    L.beta_scale,
                 )
                 qk = convolve(qk0, qk1, qk2, qk3, qkw0, qkw1, qkw2, qkw3, L.W)
                 q_unit, k_unit, dot = unit_qk(qk, which, L.scale)

@@ -121,8 +121,8 @@ def unit_qk(qk, which, scale):
 
 
 @triton.jit
-def gates(b, a, A_log, dt_bias):
-    """beta = sigmoid(b) and decay = exp(-exp(A_log) * softplus(a + dt_bias)), scalars in float32."""
+def gates(b, a, A_log, dt_bias, beta_scale: tl.constexpr):
+    """beta = beta_scale * sigmoid(b) and decay = exp(-exp(A_log) * softplus(a + dt_bias)), scalars in float32."""
     x = a + dt_bias
     u = tl.exp(-tl.abs(x))  # in (0, 1]: softplus(x) = max(x, 0) + log1p(u) cannot overflow
     w = 1.0 + u
@@ -130,7 +130,7 @@ def gates(b, a, A_log, dt_bias):
     rate = tl.exp(A_log) * (tl.maximum(x, 0.0) + log1p)
     # There softplus(x) is exp(x) in float32; the product could be inf * 0.
     rate = tl.where(x < -15.0, tl.exp(A_log + x), rate)
-    return 1.0 / (1.0 + tl.exp(-b)), tl.exp(-rate)
+    return beta_scale / (1.0 + tl.exp(-b)), tl.exp(-rate)
 
 
 @triton.jit
