@@ -22,7 +22,8 @@ from qwen_fastdecode.compare.generation import Batch, Clock, forced_logits, gene
 from qwen_fastdecode.compare.layerwise import LayerwiseCheck
 
 BATCHES = (1, 32, 256)
-PROMPT, NEW_TOKENS, ROUNDS, FORCED = 16, 24, 2, 5
+PROMPT, NEW_TOKENS, ROUNDS, FORCED = 16, 24, 3, 5
+PROFILED = 8  # decode steps; reading a profile takes as long as running many of them
 COMPILED_LAYERS = 4  # compiling takes seconds a layer, and the ratio is what is asked for
 # Of one layer step on the same inputs, bf16, ours rounding once and upstream after every operation: 5.6e-3 at 32 heads
 # of 128, up to three times that where a layer is tiny.
@@ -30,6 +31,7 @@ STEP_LIMIT = 2e-2
 # Compiled graphs cannot be watched layer by layer. The roundings of all layers add up to some percent of the logits of
 # a dense model (with experts, to other experts being chosen); one layer computed wrongly changes them altogether.
 LOGITS_LIMIT = 0.15
+PATCHED = "patched"  # a side; the others have the names of what they run
 OURS, INSTALLED = "decode_token", ("fused_recurrent", "causal_conv1d")  # in the names of the kernels
 
 Row = dict[str, Any]
@@ -54,7 +56,7 @@ class DeviceWork:
 
 
 class ProfiledSteps(Clock):
-    """Profiles `generate` from its third decode step on: the first two may compile and capture."""
+    """Profiles some decode steps of `generate`, from the third on: the first two may compile and capture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,10 +67,8 @@ class ProfiledSteps(Clock):
         super().put(value)
         if len(self.arrivals) == 4:
             self.profile.start()
-
-    def end(self) -> None:
-        """The last step is over."""
-        self.profile.stop()
+        if len(self.arrivals) == 4 + PROFILED:
+            self.profile.stop()
 
 
 def measure(shape: ModelShape, batches: tuple[int, ...], compiled: bool, device: torch.device) -> Iterator[Row]:
@@ -76,41 +76,53 @@ def measure(shape: ModelShape, batches: tuple[int, ...], compiled: bool, device:
     model = build(shape, device, torch.bfloat16)
     model.generation_config.cache_implementation = "static" if compiled else None
     source = sys.modules[type(_first_layer(model)).__module__]
-    sides: dict[str, Enter] = {"PyTorch": partial(pytorch_functions, source)}
+    sides: dict[str, Enter] = {PATCHED: partial(_patched, model, device), "PyTorch": partial(pytorch_functions, source)}
     if installed_kernels(source):
         sides["installed"] = nullcontext
     for size in batches:
         batch = _prompts(model, size, device)
         tokens = torch.randint_like(batch["input_ids"][:, :FORCED], model.config.get_text_config().vocab_size)
-        ours = _attempt(model, batch, tokens, partial(_patched, model, device))
         step = None if compiled else _step_distance(model, batch, device)
-        for name, enter in sides.items():
+        found = _run_sides(model, batch, tokens, sides, alternate=not compiled)
+        ours = found.pop(PATCHED)
+        for name, before in found.items():
             row = {"model": shape.name, "mode": "static cache, compiled" if compiled else "eager", "batch": size}
-            yield {**row, "asked": name, **_compare(_attempt(model, batch, tokens, enter), ours, step)}
+            yield {**row, "asked": name, **_compare(before, ours, step)}
 
 
-def _attempt(model: Any, batch: Batch, tokens: torch.Tensor, enter: Enter) -> Side | str:
-    """One side, or why it did not run. Its speed is that of the median decode step."""
-    torch._dynamo.reset()
-    steps = []
-    try:
-        with enter():
-            logits = forced_logits(model, batch, tokens)  # compiles and warms up
-            for _ in range(ROUNDS):
-                steps += generate(model, batch, NEW_TOKENS).step_ms[2:]
-            work = _device_work(model, batch)
-    except (AssertionError, RuntimeError, TorchDynamoException) as error:
-        return f"{type(error).__name__}: {error}"[:300]
-    return Side(1e3 * len(tokens) / statistics.median(steps), logits, work)
+def _run_sides(
+    model: Any, batch: Batch, tokens: torch.Tensor, sides: dict[str, Enter], *, alternate: bool
+) -> dict[str, Side | str]:
+    """Every side, or why it did not run; its speed is the median step of its best round.
+
+    Rounds alternate where they can, as the host's speed drifts. What was compiled is lost when another side begins.
+    """
+    seen: dict[str, tuple[torch.Tensor, DeviceWork] | str] = {}
+    steps: dict[str, list[float]] = {name: [] for name in sides}
+    turns = [*sides] * ROUNDS if alternate else [*sides]
+    for name in turns:
+        try:
+            with sides[name]():
+                if name not in seen:  # compiles and warms up
+                    torch._dynamo.reset()
+                    seen[name] = forced_logits(model, batch, tokens), _device_work(model, batch)
+                for _ in range(1 if alternate else ROUNDS):
+                    steps[name].append(statistics.median(generate(model, batch, NEW_TOKENS).step_ms[2:]))
+        except (AssertionError, RuntimeError, TorchDynamoException) as error:
+            seen[name] = f"{type(error).__name__}: {error}"[:300]
+    return {
+        name: what if isinstance(what, str) else Side(1e3 * len(tokens) / min(steps[name]), *what)
+        for name, what in seen.items()
+    }
 
 
 def _device_work(model: Any, batch: Batch) -> DeviceWork:
     if model.device.type != "cuda":
         return DeviceWork(frozenset(), 0.0)
     clock = ProfiledSteps()
-    steps = len(generate(model, batch, NEW_TOKENS, clock).step_ms) - 2
+    generate(model, batch, NEW_TOKENS, clock)
     events = [event for event in clock.profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    ms = sum(event.time_range.elapsed_us() for event in events) / 1e3 / steps
+    ms = sum(event.time_range.elapsed_us() for event in events) / 1e3 / PROFILED
     return DeviceWork(frozenset(event.name for event in events), ms)
 
 
