@@ -63,6 +63,11 @@ def test_compare_prints_a_table_and_writes_both_files(
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_states_dtype_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", TINY, *FEW, "--state-dtype", "bfloat16"]) == 0
+    assert "recurrent ones in bfloat16" in capsys.readouterr().out
+
+
 def test_wrong_text_exits_with_1_and_claims_no_speed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +113,7 @@ def test_prompts_come_from_the_command_line_and_from_a_file(tmp_path: Path, caps
     [
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--backend", "fla"], "argument --backend: invalid choice: 'fla'"),
+        (["--state-dtype", "float16"], "argument --state-dtype: invalid choice: 'float16'"),
         (["--batch", "0"], "argument --batch: 0 is less than 1"),
         (["--new-tokens", "1"], "argument --new-tokens: 1 is less than 2"),
         (["--repeat", "many"], "argument --repeat: invalid number value: 'many'"),

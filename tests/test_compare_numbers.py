@@ -30,10 +30,14 @@ OTHER_TEXT = GreedyAgreement(4, 3, 7)
 
 
 def parity(
-    dtype: str = "float32", layer: float = 0.0, logits: float = 0.0, greedy: GreedyAgreement = SAME_TEXT
+    dtype: str = "float32",
+    layer: float = 0.0,
+    logits: float = 0.0,
+    greedy: GreedyAgreement = SAME_TEXT,
+    state_dtype: str | None = None,
 ) -> Parity:
     distance = LogitsDistance(10, 0.0, logits, 0.0, 0.0, 1.0)
-    return Parity(dtype, 4, LayerDistance(layer, "layers.0 output", 9), distance, greedy)
+    return Parity(dtype, 4, LayerDistance(layer, "layers.0 output", 9), distance, greedy, state_dtype)
 
 
 def run(*step_ms: float) -> Run:
@@ -94,6 +98,8 @@ def test_greedy_agreement_over_several_runs() -> None:
         (parity(), None),
         (parity(greedy=OTHER_TEXT), "greedy tokens differ in float32, from new token 7 on"),
         (parity("bfloat16", greedy=OTHER_TEXT), None),
+        (parity(greedy=OTHER_TEXT, state_dtype="bfloat16"), None),
+        (parity(greedy=OTHER_TEXT, state_dtype="float32"), "greedy tokens differ in float32, from new token 7 on"),
         (parity("bfloat16", layer=9.9e-3), None),
         (parity("bfloat16", layer=1.1e-2), "a layer step (layers.0 output) differs by 1.1e-02"),
         (parity("bfloat16", layer=math.nan), "a layer step (layers.0 output) differs by nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Ten
         return change(right(*args, **kwargs), args[6], args[7])
 
     monkeypatch.setattr(backends, "decode_torch", decode)
+
+
+def test_narrow_states_are_the_patched_sides_alone() -> None:
+    exact, narrow = (
+        compare(*load(NAMES[0]), PROMPTS, replace(FEW, repeat=1, state_dtype=dtype)) for dtype in (None, "bfloat16")
+    )
+    assert narrow.setup.state_dtype == "bfloat16"
+    assert narrow.parity.failures == []
+    assert narrow.parity.logits.relative_rms > 100 * exact.parity.logits.relative_rms
 
 
 @pytest.mark.parametrize("name", NAMES)

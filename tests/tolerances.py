@@ -14,7 +14,7 @@ BFLOAT16_ROUNDING = 2.0**-9
 FLOAT16_ROUNDING = 2.0**-12
 # Distance from upstream's bf16 path, which rounds at every step (measured 5.6e-3 for a fused step that rounds once).
 BFLOAT16_UPSTREAM = 1e-2
-# Logits of a random float32 model over some dozen steps on bfloat16 states: each step rounds every element (2^-9 at
+# Logits of a random float32 model over some dozen steps on bfloat16 states: each step rounds every element (2^-8 at
 # most), and the layers above see it (measured 5e-3 to 3e-2, the most where routers and sigmoid gates amplify it).
 BFLOAT16_STATE = 5e-2
 
