@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -33,6 +34,12 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     if getattr(layer, "record_past", False):  # 5.14 on
         return Reason.RECORDING_PAST
     return DecodeStates(conv, recurrent)
+
+
+def new_cache(config: Any, modeling: ModuleType) -> Any:
+    """An empty cache for a model of `config`, of the class that its family's modeling module makes."""
+    own = [made for name, made in vars(modeling).items() if name.endswith("DynamicCache") and name != "DynamicCache"]
+    return own[0](config) if own else modeling.DynamicCache(config=config)  # up to 5.4 each family has one of its own
 
 
 def _updates_in_place(cache: Cache, layer_idx: int) -> bool:
