@@ -108,7 +108,7 @@ def unreviewed(upstream: Upstream, current: dict[str, Any]) -> str | None:
     changed = min(([name for name in seam.sources if _differs(seam, name, current)] for seam in seams), key=len)
     if not changed:
         return None
-    return f"{', '.join(changed)} differs from every reviewed release ({', '.join(s.transformers for s in seams)})"
+    return f"{', '.join(changed)} differs from every reviewed release ({_joined(seams)})"
 
 
 def toml_lines(upstream: Upstream, current: dict[str, Any]) -> str:
@@ -119,6 +119,18 @@ def toml_lines(upstream: Upstream, current: dict[str, Any]) -> str:
             key = f'"{name}"' if "." in name else name
             lines.append(f'{key} = "{_source_hash(function)}"')
     return "\n".join(lines)
+
+
+def _joined(seams: list[Seam]) -> str:
+    """Their ranges of releases, those that follow each other as one."""
+    spans: list[list[str]] = []
+    for seam in seams:
+        low, _, high = seam.transformers.partition(",")
+        if spans and low.removeprefix(">=") == spans[-1][1].removeprefix("<"):
+            spans[-1][1] = high
+        else:
+            spans.append([low, high])
+    return ", ".join(f"{low},{high}" for low, high in spans)
 
 
 def _seams_of(upstream: Upstream) -> list[Seam]:

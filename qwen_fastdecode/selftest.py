@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
 from .caches import DecodeStates, new_cache, read_states
-from .dispatch import decode_step, make_dispatcher
+from .dispatch import decode_step
 from .eligibility import states_fit
 from .families import FAMILIES
 from .plan import DecodePlan, make_plan
@@ -49,13 +49,15 @@ NAMES = ("output", "conv state", "recurrent state")  # of what a step gives
 # the same. float32: both round at every operation, and the gates' exponentials amplify it (3e-7 is usual). bfloat16:
 # upstream rounds at every operation, the fast step once at the end.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# Every argument that forward names in a supported release.
+ARGUMENTS = ("self", "hidden_states", "cache_params", "cache_position", "attention_mask")
 
 
 class SelfTest(NamedTuple):
-    """`failure`: what differs or what is missing, None if the class passed; `summary`: what was compared, how near."""
+    """`failure`: what differs or what is missing, None if the class passed; `near`: the largest distance then."""
 
     failure: str | None
-    summary: str
+    near: str
 
 
 class _Failed(Exception):
@@ -75,23 +77,18 @@ def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
                 distances[dtype] = _compare(upstream, forward, dtype)
     except _Failed as failure:
         return SelfTest(str(failure), "")
-    near = ", ".join(f"{distance:.0e} in {_name(dtype)}" for dtype, distance in distances.items())
-    return SelfTest(None, f"{STEPS} decode steps give upstream's output and states (relative RMS at most {near})")
+    return SelfTest(None, ", ".join(f"{distance:.0e} in {dtype_name(dtype)}" for dtype, distance in distances.items()))
 
 
 def _check_arguments(forward: Forward) -> None:
-    """The dispatcher hands on what it has no name for, but a fast step would ignore it."""
-    theirs = _named_arguments(unwrap(forward)) - {"cache_position"}  # up to 5.3; only says that there is a past
-    ours = _named_arguments(make_dispatcher(forward))
-    changes = [f"{name} is new" for name in sorted(theirs - ours)]
-    changes += [f"{name} is gone" for name in sorted(ours - theirs)]
-    if changes:
-        raise _Failed(f"the arguments of its forward changed: {', '.join(changes)}")
+    """The dispatcher hands on what it does not know, but a fast step would ignore it."""
+    if new := [name for name in _named_arguments(forward) if name not in ARGUMENTS]:
+        raise _Failed(f"its forward takes arguments that the fast step does not know: {', '.join(new)}")
 
 
-def _named_arguments(function: Forward) -> set[str]:
-    parameters = inspect.signature(function, follow_wrapped=False).parameters
-    return {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+def _named_arguments(forward: Forward) -> list[str]:
+    parameters = inspect.signature(unwrap(forward)).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
 
 def _device() -> torch.device:
@@ -151,7 +148,7 @@ def _judge(
     far = [f"{name} by {distance:.1e}" for name, distance in distances.items() if not distance <= LIMITS[dtype]]  # NaN
     if far:
         limit = f"relative RMS; at most {LIMITS[dtype]:.0e} is allowed"
-        raise _Failed(f"in {_name(dtype)} these differ from upstream's: {', '.join(far)} ({limit})")
+        raise _Failed(f"in {dtype_name(dtype)} these differ from upstream's: {', '.join(far)} ({limit})")
     return max(distances.values())
 
 
@@ -193,8 +190,10 @@ def _normal(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
 
 def _upstream_step(forward: Forward, layer: nn.Module, hidden_states: Tensor, cache: Any, position: int) -> Tensor:
     """As the decoder layer calls it: everything by keyword, the mask None."""
-    arguments = {"hidden_states": hidden_states, "cache_params": cache, "attention_mask": None}
-    if "cache_position" in _named_arguments(unwrap(forward)):
+    names = _named_arguments(forward)
+    arguments = {"hidden_states": hidden_states, "attention_mask": None}
+    arguments["cache" if "cache" in names else "cache_params"] = cache
+    if "cache_position" in names:
         arguments["cache_position"] = torch.arange(position, position + hidden_states.shape[1])
     return forward(layer, **arguments)
 
@@ -222,5 +221,6 @@ def _distance(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -
     return ((a - b).norm(dim=2) / b.norm(dim=2)).square().mean().sqrt().item()
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the module."""
     return str(dtype).removeprefix("torch.")

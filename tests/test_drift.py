@@ -68,9 +68,9 @@ DRIFTS = {
         LAYER,
         "attention_mask: torch.Tensor | None = None,",
         "attention_mask=None, scale=1.0,",
-        "the arguments of its forward changed: scale is new",
+        "its forward takes arguments that the fast step does not know: scale",
     ),
-    "a renamed argument": Drift(LAYER, "cache_params", "past", "changed: past is new, cache_params is gone"),
+    "a renamed argument": Drift(LAYER, "cache_params", "past", "arguments that the fast step does not know: past"),
     "more in the cache": Drift(LAYER, "return output", KEEPS_MORE, "upstream's own output after fast steps by"),
     "a constructor that fails": Drift(
         LAYER, "super().__init__()", "super().__init__(config)", "a small layer cannot be built: TypeError"
