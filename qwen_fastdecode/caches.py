@@ -42,6 +42,15 @@ def new_cache(config: Any, modeling: ModuleType) -> Any:
     return own[0](config) if own else modeling.DynamicCache(config=config)  # up to 5.4 each family has one of its own
 
 
+def update_functions() -> dict[str, Any]:
+    """What upstream stores states with, by name: a fast step writes into the tensors in its place."""
+    return {
+        f"{owner.__name__}.{name}": vars(owner)[name]
+        for owner in (Cache, LinearAttentionLayer)
+        for name in ("update_conv_state", "update_recurrent_state")
+    }
+
+
 def _updates_in_place(cache: Cache, layer_idx: int) -> bool:
     """Whether nobody has changed how this layer's states are stored: then writing into the tensors is an update."""
     if layer_idx >= len(cache.layers):

@@ -20,7 +20,7 @@ from .eligibility import KILL_SWITCH
 from .guard import Review, State, review
 from .ops.backends import Backend, select_backend, triton_unavailable
 from .ops.reference import decode_reference
-from .seams import current_sources, foreign_patch, load_seams, toml_lines, upstream_classes
+from .seams import current_sources, foreign_patch, load_seams, toml_lines, unreviewed, upstream_classes
 from .selftest import dtype_name, self_test
 from .tune import Heads, random_layer
 
@@ -137,7 +137,7 @@ def _seams() -> Iterator[Seam]:
             continue
         verdict = review(here[family])
         current = current_sources(verdict.upstream, install.original_forward(verdict.upstream.layer_class))
-        entry = verdict.state is not State.REVIEWED and foreign_patch(current) is None
+        entry = unreviewed(verdict.upstream, current) is not None and foreign_patch(current) is None
         yield Seam(family, *_state(verdict), toml_lines(verdict.upstream, current) if entry else "")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from . import install
+from .caches import update_functions
 from .errors import UnknownUpstream
 from .seams import Upstream, current_sources, foreign_patch, unreviewed
 from .selftest import STEPS, self_test
@@ -38,15 +39,15 @@ class Review(NamedTuple):
 def review(upstream: Upstream) -> Review:
     """The verdict on `upstream`; worked out once a process for the same functions."""
     current = current_sources(upstream, install.original_forward(upstream.layer_class))
-    return _review(upstream, tuple(current.items()))
+    return _review(upstream, tuple(current.items()), tuple(update_functions().items()))
 
 
 @cache
-def _review(upstream: Upstream, current: tuple[tuple[str, Any], ...]) -> Review:
+def _review(upstream: Upstream, current: tuple[tuple[str, Any], ...], updates: tuple[tuple[str, Any], ...]) -> Review:
     module, sources = upstream.layer_class.__module__, dict(current)
-    foreign = foreign_patch(sources)
+    foreign = foreign_patch(sources | dict(updates))
     if foreign is not None:
-        return Review(upstream, State.REFUSED, f"{module}.{foreign}. Undo that patch first")
+        return Review(upstream, State.REFUSED, f"{upstream.label} cannot be trusted: {foreign}. Undo that patch first")
     difference = unreviewed(upstream, sources)
     if difference is None:
         return Review(upstream, State.REVIEWED)

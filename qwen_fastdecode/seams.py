@@ -113,7 +113,9 @@ def unreviewed(upstream: Upstream, current: dict[str, Any]) -> str | None:
 
 def toml_lines(upstream: Upstream, current: dict[str, Any]) -> str:
     """The entry of the installed release, to be reviewed and added to `patches/<family>.toml`."""
-    lines = ["[[seam]]", f'transformers = "{transformers.__version__}"', "", "[seam.sources]"]
+    major, minor = transformers.__version__.split(".")[:2]
+    releases = f">={major}.{minor},<{major}.{int(minor) + 1}"
+    lines = ["[[seam]]", f'transformers = "{releases}"', "", "[seam.sources]"]
     for name, function in current.items():
         if function is not None:
             key = f'"{name}"' if "." in name else name
@@ -130,7 +132,7 @@ def _joined(seams: list[Seam]) -> str:
             spans[-1][1] = high
         else:
             spans.append([low, high])
-    return ", ".join(f"{low},{high}" for low, high in spans)
+    return ", ".join(",".join(filter(None, span)) for span in spans)
 
 
 def _seams_of(upstream: Upstream) -> list[Seam]:
