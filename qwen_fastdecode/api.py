@@ -13,7 +13,8 @@ from torch import nn
 
 from . import dispatch, install
 from .errors import NothingToPatch, PatchError
-from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers, review
+from .guard import State, review
+from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers
 from .ops.backends import BACKENDS, select_backend
 from .plan import EXCLUDED, PLAN, DecodePlan, plan_of
 from .report import PatchReport, Status
@@ -61,7 +62,8 @@ def patch(
     Raises:
         NothingToPatch: the model has no layer of a supported family.
         LayerNotCovered: a layer's forward was replaced, or its parts are not the ones that were reviewed.
-        UnknownUpstream: Transformers' own code is not a version that was reviewed.
+        UnknownUpstream: Transformers' own code is not a version that was reviewed and does not pass the self-test, or
+            somebody else's patch lies over it.
         BackendUnavailable: `backend` cannot run on the layers' device.
         ValueError: there is no such backend, or a state cannot have that dtype.
     """
@@ -72,7 +74,8 @@ def patch(
         layers = find_layers(model, backend, state_dtype)
         _check(model, layers, backend, strict)
         _cover(layers)
-        return PatchReport(tuple(describe(layer, everything=_everything is not None) for layer in layers))
+        entries = tuple(describe(layer, everything=_everything is not None) for layer in layers)
+        return PatchReport(entries, _notes(layers))
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -128,7 +131,8 @@ def status(model: nn.Module | None = None) -> Status:
     with _lock:
         everything = _everything is not None
         if model is not None:
-            return Status(tuple(describe(layer, everything=everything) for layer in find_layers(model, "auto")))
+            layers = find_layers(model, "auto")
+            return Status(tuple(describe(layer, everything=everything) for layer in layers), _notes(layers))
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
@@ -168,6 +172,10 @@ def _refuse_problems(layers: list[FoundLayer]) -> None:
         raise type(error)(f"{name}: {error}. {more}{_LENIENT}") from error
 
 
+def _notes(layers: list[FoundLayer]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(layer.note for layer in layers if layer.note))
+
+
 def _cover(layers: list[FoundLayer]) -> None:
     changed = False
     for layer in layers:
@@ -194,31 +202,23 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=True)}
     verdicts = {layer_class: review(upstream) for layer_class, upstream in upstreams.items()}
-    unknown = [error for error in verdicts.values() if error is not None]
+    unknown = [verdict.error for verdict in verdicts.values() if verdict.error is not None]
     if unknown and everything.strict:
         raise type(unknown[0])(f"{unknown[0]}. {_LENIENT}") from unknown[0]
     layers = [
-        inspect_layer(
-            _name(module),
-            module,
-            upstream,
-            verdicts[upstream.layer_class],
-            everything.backend,
-            everything.state_dtype,
-        )
+        inspect_layer(_name(module), module, verdicts[upstream.layer_class], everything.backend, everything.state_dtype)
         for module, upstream in living_layers(upstreams)
     ]
     if everything.strict:
         _refuse_problems(layers)
-    for layer_class, error in verdicts.items():
-        if error is None:
+    for layer_class, verdict in verdicts.items():
+        if verdict.state is not State.REFUSED:
             install.ensure_patched(layer_class)
     _switch_everything(everything)
     _cover(layers)
-    notes = ("patch() of everything is on: a layer created later is covered from its first use.",)
-    return PatchReport(
-        tuple(describe(layer, everything=True) for layer in layers), notes + tuple(str(error) for error in unknown)
-    )
+    notes = ["patch() of everything is on: a layer created later is covered from its first use."]
+    notes += [verdict.detail for verdict in verdicts.values() if verdict.detail]
+    return PatchReport(tuple(describe(layer, everything=True) for layer in layers), tuple(notes))
 
 
 def _name(module: Any) -> str:
@@ -232,9 +232,7 @@ def _adopt(module: Any) -> DecodePlan | None:
             return None
         upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
         upstream = next(upstreams[base] for base in type(module).__mro__ if base in upstreams)
-        layer = inspect_layer(
-            _name(module), module, upstream, review(upstream), _everything.backend, _everything.state_dtype
-        )
+        layer = inspect_layer(_name(module), module, review(upstream), _everything.backend, _everything.state_dtype)
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
             return layer.plan

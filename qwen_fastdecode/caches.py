@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,21 @@ def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> T
     else:
         layer.recurrent_states = state
     return state
+
+
+def new_cache(config: Any, modeling: ModuleType) -> Any:
+    """An empty cache for a model of `config`, of the class that its family's modeling module makes."""
+    own = [made for name, made in vars(modeling).items() if name.endswith("DynamicCache") and name != "DynamicCache"]
+    return own[0](config) if own else modeling.DynamicCache(config=config)  # up to 5.4 each family has one of its own
+
+
+def update_functions() -> dict[str, Any]:
+    """What upstream stores states with, by name: a fast step writes into the tensors in its place."""
+    return {
+        f"{owner.__name__}.{name}": vars(owner)[name]
+        for owner in (Cache, LinearAttentionLayer)
+        for name in ("update_conv_state", "update_recurrent_state")
+    }
 
 
 def _updates_in_place(cache: Cache, layer_idx: int) -> bool:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import PatchError, __version__, tune
+from . import PatchError, __version__, doctor, tune
 from .compare import command as compare_command
 from .compare.inputs import BadInput
 
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     compare_command.add_parser(subparsers)
     tune.add_parser(subparsers)
+    doctor.add_parser(subparsers)
     return parser
 
 

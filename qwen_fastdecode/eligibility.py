@@ -41,7 +41,7 @@ def decode_states(
     states = read_states(cache, layer.layer_idx)
     if isinstance(states, Reason):
         return states
-    if not _states_fit(plan, states, hidden_states):
+    if not states_fit(plan, states, hidden_states):
         return Reason.UNEXPECTED_STATE
     return states
 
@@ -93,7 +93,8 @@ def _is_hooked(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def _states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:
+def states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:
+    """Whether the states have the shapes that the plan expects of this batch, on its device."""
     B, device = hidden_states.shape[0], hidden_states.device
     conv, recurrent = states
     return (

@@ -16,7 +16,8 @@ class LayerNotCovered(PatchError):
 
 
 class UnknownUpstream(PatchError):
-    """The installed Transformers holds code that was not reviewed, or somebody else's patch over it."""
+    """The installed Transformers holds code that was not reviewed and does not pass the self-test, or somebody else's
+    patch over it."""
 
 
 class BackendUnavailable(PatchError):

@@ -13,30 +13,34 @@ from torch import nn
 from . import install
 from .errors import LayerNotCovered, PatchError
 from .families import FAMILIES
+from .guard import Review, State, review
 from .ops.backends import select_backend
 from .plan import EXCLUDED, PLAN, DecodePlan, make_plan, plan_of
 from .report import LayerStatus
-from .seams import Upstream, check_reviewed, upstream_classes
+from .seams import Upstream, upstream_classes
 
 
 class FoundLayer(NamedTuple):
-    """A gated DeltaNet layer: upstream's class (None: of no supported family), and a plan or why there can be none."""
+    """A gated DeltaNet layer: upstream's class (None: of no supported family), and a plan or why there can be none.
+
+    `note`: what a report has to say about the class.
+    """
 
     name: str
     module: nn.Module
     upstream: Upstream | None
     plan: DecodePlan | PatchError
+    note: str = ""
 
 
 def find_layers(model: nn.Module, backend: str, state_dtype: torch.dtype | None = None) -> list[FoundLayer]:
     """Every gated DeltaNet layer in `model`, with the plan that it has if that is the one asked for, else a new one."""
     known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
-    verdicts = {layer_class: review(upstream) for layer_class, upstream in known.items()}
     found = []
     for name, module in model.named_modules():
         upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
         if upstream is not None:
-            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend, state_dtype))
+            found.append(inspect_layer(name, module, review(upstream), backend, state_dtype))
         elif type(module).__name__.endswith("GatedDeltaNet"):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             found.append(FoundLayer(name, module, None, LayerNotCovered(f"{kind} is of no supported family")))
@@ -52,34 +56,22 @@ def living_layers(upstreams: dict[type, Upstream]) -> Iterator[tuple[nn.Module, 
                 yield thing, upstreams[base]
 
 
-def review(upstream: Upstream) -> PatchError | None:
-    """Why upstream's code for this class is not known, None when it is."""
-    try:
-        check_reviewed(upstream, install.original_forward(upstream.layer_class))
-    except PatchError as error:
-        return error
-    return None
-
-
 def inspect_layer(
-    name: str,
-    module: nn.Module,
-    upstream: Upstream,
-    verdict: PatchError | None,
-    backend: str,
-    state_dtype: torch.dtype | None = None,
+    name: str, module: nn.Module, verdict: Review, backend: str, state_dtype: torch.dtype | None = None
 ) -> FoundLayer:
-    """What can be done with one layer whose class got this verdict from `review`."""
-    if verdict is not None:
-        return FoundLayer(name, module, upstream, verdict)
+    """What can be done with one layer whose class got this verdict."""
+    upstream, error = verdict.upstream, verdict.error
+    if error is not None:
+        return FoundLayer(name, module, upstream, error)
+    note = verdict.detail if verdict.state is State.VERIFIED else ""
     detour = install.bypass(module, upstream.layer_class)
     if detour is not None:
         return FoundLayer(name, module, upstream, LayerNotCovered(detour))
     current = plan_of(module)
     if current is not None and (current.backend, current.state_dtype) == (backend, state_dtype):
-        return FoundLayer(name, module, upstream, current)
+        return FoundLayer(name, module, upstream, current, note)
     plan = make_plan(module, name, FAMILIES[upstream.family], backend, state_dtype)
-    return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan)
+    return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan, note)
 
 
 def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:

@@ -1,8 +1,8 @@
 """What we touch in Transformers and which of its releases were reviewed: the data in `patches/*.toml`, and its check.
 
 A seam names a layer class and the SHA-256 of the source of everything that a fast decode step stands in for. Source
-text is stable over Python versions (bytecode and `ast.dump` are not). `python -m qwen_fastdecode.seams` prints the
-entries for the installed Transformers, for review.
+text is stable over Python versions (bytecode and `ast.dump` are not). What becomes of code that was not reviewed is
+the affair of `guard.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import transformers
-
-from .errors import UnknownUpstream
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,39 +84,67 @@ def _exists(module: str) -> bool:
     return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None
 
 
-def check_reviewed(upstream: Upstream, forward: Any) -> None:
-    """Raises UnknownUpstream unless `forward` and all that a decode step stands in for are code that was reviewed.
+def current_sources(upstream: Upstream, forward: Any) -> dict[str, Any]:
+    """What a decode step of this class stands in for, by its dotted name in the module; None where it is missing.
 
     `forward` is upstream's function, as it was before we patched the class.
     """
     module = sys.modules[upstream.layer_class.__module__]
-    names = module.__name__, upstream.layer_class.__name__
-    seams = [seam for seam in load_seams() if (seam.module, seam.layer) == names]
-    nearest = min(seams, key=lambda seam: len(_differing(seam, module, forward)))
-    for name, function in _current(nearest, module, forward).items():
-        foreign = None if function is None else _foreign_patch(function)
+    known = dict.fromkeys(name for seam in _seams_of(upstream) for name in seam.sources)
+    found = {name: _find(module, name) for name in dict.fromkeys(_names(upstream)) | known}
+    found[f"{upstream.layer_class.__name__}.forward"] = forward
+    return {name: function for name, function in found.items() if name in known or function is not None}
+
+
+def foreign_patch(current: dict[str, Any]) -> str | None:
+    """Whose function lies over one of upstream's, and where; None if nobody's does."""
+    for name, function in current.items():
+        foreign = None if function is None else _foreign(function)
         if foreign is not None:
-            raise UnknownUpstream(
-                f"{module.__name__}.{name} is patched by somebody else: {foreign}. Undo that patch first"
-            )
-    changed = _differing(nearest, module, forward)
-    if changed:
-        raise UnknownUpstream(
-            f"{module.__name__} of Transformers {transformers.__version__} is not a version that was reviewed: "
-            f"{', '.join(changed)} differs from every reviewed release "
-            f"({', '.join(seam.transformers for seam in seams)}). "
-            "Upgrade qwen-fastdecode, or install a reviewed release of Transformers"
-        )
+            return f"{name} is patched by somebody else: {foreign}"
+    return None
 
 
-def _differing(seam: Seam, module: ModuleType, forward: Any) -> list[str]:
-    current = _current(seam, module, forward)
-    return [name for name, reviewed in seam.sources.items() if _source_hash(current[name]) != reviewed]
+def unreviewed(upstream: Upstream, current: dict[str, Any]) -> str | None:
+    """What differs from the nearest reviewed release, and which those are; None if one of them is the installed one."""
+    seams = _seams_of(upstream)
+    changed = min(([name for name in seam.sources if _differs(seam, name, current)] for seam in seams), key=len)
+    if not changed:
+        return None
+    return f"{', '.join(changed)} differs from every reviewed release ({_joined(seams)})"
 
 
-def _current(seam: Seam, module: ModuleType, forward: Any) -> dict[str, Any]:
-    """What the installed Transformers has under the names of a seam."""
-    return {name: _find(module, name) for name in seam.sources} | {f"{seam.layer}.forward": forward}
+def toml_lines(upstream: Upstream, current: dict[str, Any]) -> str:
+    """The entry of the installed release, to be reviewed and added to `patches/<family>.toml`."""
+    major, minor = transformers.__version__.split(".")[:2]
+    releases = f">={major}.{minor},<{major}.{int(minor) + 1}"
+    lines = ["[[seam]]", f'transformers = "{releases}"', "", "[seam.sources]"]
+    for name, function in current.items():
+        if function is not None:
+            key = f'"{name}"' if "." in name else name
+            lines.append(f'{key} = "{_source_hash(function)}"')
+    return "\n".join(lines)
+
+
+def _joined(seams: list[Seam]) -> str:
+    """Their ranges of releases, those that follow each other as one."""
+    spans: list[list[str]] = []
+    for seam in seams:
+        low, _, high = seam.transformers.partition(",")
+        if spans and low.removeprefix(">=") == spans[-1][1].removeprefix("<"):
+            spans[-1][1] = high
+        else:
+            spans.append([low, high])
+    return ", ".join(",".join(filter(None, span)) for span in spans)
+
+
+def _seams_of(upstream: Upstream) -> list[Seam]:
+    names = upstream.layer_class.__module__, upstream.layer_class.__name__
+    return [seam for seam in load_seams() if (seam.module, seam.layer) == names]
+
+
+def _differs(seam: Seam, name: str, current: dict[str, Any]) -> bool:
+    return _source_hash(current[name]) != seam.sources[name]
 
 
 def _find(module: ModuleType, dotted: str) -> Any:
@@ -134,54 +161,46 @@ def _source_hash(function: Any) -> str:
     if function is None:
         return "missing"
     try:
-        source = inspect.getsource(function)
+        source = inspect.getsource(unwrap(function))
     except (OSError, TypeError):  # built in a session or compiled: nothing to review
         return "no source"
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def _foreign_patch(forward: Any) -> str | None:
+def _foreign(forward: Any) -> str | None:
     """Who put a function of theirs over upstream's; `functools.wraps` hides it from the source, not from here."""
-    root = str(Path(transformers.__file__).parent)
-    function = forward
-    while function is not None:
+    root = str(Path(transformers.__file__).parent) + os.sep
+    for function in _layers_of(forward):
         code = getattr(function, "__code__", None)
         if code is None:
             return f"it is a {type(function).__name__}, not a function"
         if not code.co_filename.startswith(root):
             return f"{code.co_qualname if sys.version_info >= (3, 11) else code.co_name} in {code.co_filename}"
-        function = getattr(function, "__wrapped__", None)
     return None
 
 
-def _reviewable(upstream: Upstream) -> Iterator[str]:
-    """Names of what a decode step of this class stands in for, whatever the release calls it."""
-    module = sys.modules[upstream.layer_class.__module__]
+def unwrap(function: Any) -> Any:
+    """Upstream's function under its decorators; up to 5.15 `force_accelerate_hooks` left no `__wrapped__`."""
+    *_, innermost = _layers_of(function)
+    return innermost
+
+
+def _layers_of(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        closed = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        function = getattr(function, "__wrapped__", None) or closed.get("forward_func")
+
+
+def _names(upstream: Upstream) -> tuple[str, ...]:
+    """Names of what a decode step of this class stands in for, in whichever release."""
     layer = upstream.layer_class.__name__
-    norm = layer.replace("GatedDeltaNet", "RMSNormGated")
-    for name in (
+    return (
         f"{layer}.forward",
         f"{layer}.fix_query_key_value_ordering",
-        f"{norm}.forward",
+        f"{layer.replace('GatedDeltaNet', 'RMSNormGated')}.forward",
         "causal_conv1d_update",
         "torch_causal_conv1d_update",
         "torch_recurrent_gated_delta_rule",
         "l2norm",
-    ):
-        if _find(module, name) is not None:
-            yield name
-
-
-def main() -> None:
-    """Prints the installed release's entries, to be reviewed and added to `patches/`."""
-    for upstream in upstream_classes(import_missing=True):
-        module = sys.modules[upstream.layer_class.__module__]
-        print(f"# patches/{upstream.family}.toml")
-        print(f'[[seam]]\ntransformers = "{transformers.__version__}"\n\n[seam.sources]')
-        for name in _reviewable(upstream):
-            print(f'"{name}" = "{_source_hash(_find(module, name))}"')
-        print()
-
-
-if __name__ == "__main__":
-    main()
+    )

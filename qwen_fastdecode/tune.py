@@ -105,10 +105,11 @@ def _random_layers(batch: int, heads: Heads, device: torch.device) -> list[tuple
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         free, _ = torch.cuda.mem_get_info(device)
         count = max(2, min(MAX_LAYERS, 1 + COLD * cache // state_bytes, int(MEMORY_SHARE * free) // state_bytes))
-    return [_random_layer(batch, heads, device) for _ in range(count)]
+    return [random_layer(batch, heads, device) for _ in range(count)]
 
 
-def _random_layer(batch: int, heads: Heads, device: torch.device) -> tuple[Tensor, ...]:
+def random_layer(batch: int, heads: Heads, device: torch.device) -> tuple[Tensor, ...]:
+    """The arguments of a step in the op's order: bfloat16 but for the recurrent state, which is float32."""
     HK, R, D = heads
     C = (2 + R) * HK * D
 
