@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers import cache_utils
 
 from .reasons import Reason
+
+_Cache: Any = cache_utils.Cache
+_Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
+# Up to 5.4 each family has a cache of its own, with one list of conv states and one of recurrent states.
+_OF_LISTS = ("Qwen3NextDynamicCache", "Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")
 
 
 class DecodeStates(NamedTuple):
@@ -22,7 +27,9 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
 
     A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`.
     """
-    if not isinstance(cache, Cache) or not _updates_in_place(cache, layer_idx):
+    if _Layer is None:
+        return _read_lists(cache, layer_idx)
+    if not isinstance(cache, _Cache) or not _updates_in_place(cache, layer_idx):
         return Reason.UNKNOWN_CACHE
     layer: Any = cache.layers[layer_idx]
     conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
@@ -35,15 +42,29 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     return DecodeStates(conv, recurrent)
 
 
-def _updates_in_place(cache: Cache, layer_idx: int) -> bool:
+def _read_lists(cache: Any, layer_idx: int) -> DecodeStates | Reason:
+    """Up to 5.4. Upstream asks the *last* linear layer for a past, and puts a new recurrent tensor into the list.
+
+    It updates the conv state in place, so nobody can have kept either from before: both may be updated in place.
+    """
+    kind: Any = type(cache)
+    if kind.__name__ not in _OF_LISTS or not kind.__module__.startswith("transformers.models."):
+        return Reason.UNKNOWN_CACHE
+    conv, recurrent = cache.conv_states[layer_idx], cache.recurrent_states[layer_idx]
+    if not cache.has_previous_state or conv is None or recurrent is None:
+        return Reason.NO_PREVIOUS_STATE
+    return DecodeStates(conv, recurrent)
+
+
+def _updates_in_place(cache: Any, layer_idx: int) -> bool:
     """Whether nobody has changed how this layer's states are stored: then writing into the tensors is an update."""
     if layer_idx >= len(cache.layers):
         return False
     layer_class: Any = type(cache.layers[layer_idx])
     return (
-        type(cache).update_conv_state is Cache.update_conv_state
-        and type(cache).update_recurrent_state is Cache.update_recurrent_state
-        and issubclass(layer_class, LinearAttentionLayer)
-        and layer_class.update_conv_state is LinearAttentionLayer.update_conv_state
-        and layer_class.update_recurrent_state is LinearAttentionLayer.update_recurrent_state
+        type(cache).update_conv_state is _Cache.update_conv_state
+        and type(cache).update_recurrent_state is _Cache.update_recurrent_state
+        and issubclass(layer_class, _Layer)
+        and layer_class.update_conv_state is _Layer.update_conv_state
+        and layer_class.update_recurrent_state is _Layer.update_recurrent_state
     )

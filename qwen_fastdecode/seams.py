@@ -131,7 +131,7 @@ def _source_hash(function: Any) -> str:
     if function is None:
         return "missing"
     try:
-        source = inspect.getsource(function)
+        source = inspect.getsource(unwrap(function))
     except (OSError, TypeError):  # built in a session or compiled: nothing to review
         return "no source"
     return hashlib.sha256(source.encode()).hexdigest()
@@ -140,15 +140,26 @@ def _source_hash(function: Any) -> str:
 def _foreign_patch(forward: Any) -> str | None:
     """Who put a function of theirs over upstream's; `functools.wraps` hides it from the source, not from here."""
     root = str(Path(transformers.__file__).parent)
-    function = forward
-    while function is not None:
+    for function in _layers_of(forward):
         code = getattr(function, "__code__", None)
         if code is None:
             return f"it is a {type(function).__name__}, not a function"
         if not code.co_filename.startswith(root):
             return f"{code.co_qualname if sys.version_info >= (3, 11) else code.co_name} in {code.co_filename}"
-        function = getattr(function, "__wrapped__", None)
     return None
+
+
+def unwrap(function: Any) -> Any:
+    """Upstream's function under its decorators; up to 5.15 `force_accelerate_hooks` left no `__wrapped__`."""
+    *_, innermost = _layers_of(function)
+    return innermost
+
+
+def _layers_of(function: Any) -> Iterator[Any]:
+    while function is not None:
+        yield function
+        closed = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+        function = getattr(function, "__wrapped__", None) or closed.get("forward_func")
 
 
 def _reviewable(upstream: Upstream) -> Iterator[str]:

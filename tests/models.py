@@ -12,10 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.cache_utils import Cache
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
-TRAINED = ("qwen3_next-tiny", "qwen3_5-tiny")
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])  # [2, 6]
 LINEAR = 3  # gated DeltaNet layers of each tiny model; the fourth layer is full attention
 
@@ -96,11 +94,19 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen4_exp": lambda: _qwen4_exp("silu"),
     "qwen4_exp, sigmoid gate": lambda: _qwen4_exp("sigmoid"),
 }
-# The families that the installed Transformers has.
-FAMILIES = [name for name in BUILDERS if importlib.util.find_spec(f"transformers.models.{name.split()[0].rstrip(',')}")]
 
 
-def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def _has(family: str) -> bool:
+    return importlib.util.find_spec(f"transformers.models.{family}") is not None
+
+
+# What the installed Transformers has: qwen3_next from 4.57 on, qwen3_5 and its kin from 5.2 on, qwen4_exp from 5.16 on.
+FAMILIES = [name for name in BUILDERS if _has(name.split()[0].rstrip(","))]
+TRAINED = tuple(f"{family}-tiny" for family in ("qwen3_next", "qwen3_5") if _has(family))
+USUAL = "qwen3_5" if _has("qwen3_5") else "qwen3_next"  # the family of a test that is about no family
+
+
+def build(family: str = USUAL, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode, with memories of all lengths and a convolution that matters."""
     torch.manual_seed(seed)
     model = BUILDERS[family](**changes).eval()
@@ -137,14 +143,18 @@ def generate(model: PreTrainedModel, new_tokens: int = 8, prompt: Tensor = PROMP
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None, **options: Any) -> tuple[Tensor, Cache]:
+def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
     """Logits [B, T, vocabulary] and the cache after them."""
     output = model(tokens, past_key_values=cache, use_cache=True, **options)
     return output.logits, output.past_key_values
 
 
-def cache_tensors(cache: Cache) -> Iterator[Tensor]:
+def cache_tensors(cache: Any) -> Iterator[Tensor]:
     """Copies of every tensor that a cache holds, layer by layer."""
+    if not hasattr(cache, "layers"):  # up to 5.4: lists, one tensor a layer
+        for held in (cache.conv_states, cache.recurrent_states, cache.key_cache, cache.value_cache):
+            yield from (tensor.clone() for tensor in held if tensor is not None)
+        return
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states", "keys", "values"):
             held = getattr(layer, name, None)
