@@ -23,6 +23,11 @@ class Call(NamedTuple):
     others: dict[str, Any]  # by name; of these, seq_idx and cu_seq_lens_q mean something to upstream
 
 
+def cache_name(given: dict[str, Any]) -> str:
+    """The keyword of the cache in a call: 5.24 renamed it, still takes the old one, and prefers the new one."""
+    return "cache" if "cache" in given else "cache_params"
+
+
 def call_reader(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Call | None]:
     """Reads (args, kwargs) of a call of `forward`, hidden_states aside; None for a call that it does not accept."""
     parameters = list(inspect.signature(unwrap(forward)).parameters.values()) if callable(forward) else []
@@ -39,8 +44,7 @@ def call_reader(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Cal
                 return None
         if not takes_any and not given.keys() <= set(names):
             return None
-        cache = given["cache"] if "cache" in given else given.get("cache_params")  # 5.24 takes both, and prefers cache
         without_position = asks_position and given.get("cache_position") is None
-        return Call(cache, given.get("attention_mask"), without_position, given)
+        return Call(given.get(cache_name(given)), given.get("attention_mask"), without_position, given)
 
     return read

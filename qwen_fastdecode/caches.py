@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,6 +41,16 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     if getattr(layer, "record_past", False):  # 5.14 on
         return Reason.RECORDING_PAST
     return DecodeStates(conv, recurrent)
+
+
+def with_own_layer(cache: Any, layer_idx: int) -> Any:
+    """The cache with a copy of one layer's states: updating it leaves the original as it is."""
+    own = copy.copy(cache)
+    for name in ("layers",) if _Layer is not None else ("conv_states", "recurrent_states"):
+        entries = list(getattr(cache, name))
+        entries[layer_idx] = copy.deepcopy(entries[layer_idx])
+        setattr(own, name, entries)
+    return own
 
 
 def _read_lists(cache: Any, layer_idx: int) -> DecodeStates | Reason:

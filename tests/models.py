@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from qwen_fastdecode.seams import unwrap
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])  # [2, 6]
@@ -147,6 +150,15 @@ def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options
     """Logits [B, T, vocabulary] and the cache after them."""
     output = model(tokens, past_key_values=cache, use_cache=True, **options)
     return output.logits, output.past_key_values
+
+
+def call_layer(layer: nn.Module, hidden_states: Tensor, cache: Any) -> Tensor:
+    """A gated DeltaNet layer's output [B, T, hidden size], called as the decoder layer of this release calls it."""
+    names = inspect.signature(unwrap(type(layer).forward)).parameters
+    arguments = {"cache" if "cache" in names else "cache_params": cache, "attention_mask": None}
+    if "cache_position" in names:  # up to 5.3, where it says no more than that there is one
+        arguments["cache_position"] = torch.zeros(hidden_states.shape[1], dtype=torch.int64)
+    return layer(hidden_states=hidden_states, **arguments)
 
 
 def cache_tensors(cache: Any) -> Iterator[Tensor]:
