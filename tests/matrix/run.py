@@ -25,7 +25,7 @@ ROOT = HERE.parent.parent
 TABLE = ROOT / "docs" / "compatibility.md"
 BUILD = ROOT / "build" / "matrix"
 THIN = ["tests/matrix/test_release.py", "tests/test_layer_step.py"]
-ALL = [*THIN, "tests/test_generate.py", "tests/test_patch.py", "tests/test_fallbacks.py", "tests/test_arguments.py"]
+ALL = [*THIN, "tests/test_generate.py", "tests/test_patch.py", "tests/test_arguments.py", "tests/test_caches.py"]
 LIMIT = 1800  # seconds for one release's tests
 
 
