@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1 # steps this small lose by more threads, and tests run side by side
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench matrix clean
 
 demo: $(READY)
 	$(BIN)/qwen-fastdecode compare examples/checkpoints/qwen3_next-tiny \
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every Transformers that is supported, each in an environment of its own under build/; writes docs/compatibility.md.
+matrix: $(READY)
+	$(BIN)/python tests/matrix/run.py $(MATRIX)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_op.py

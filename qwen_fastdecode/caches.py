@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers import cache_utils
 
 from .reasons import Reason
+
+_Cache: Any = cache_utils.Cache
+_Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
+# Up to 5.4 each family has a cache of its own, with one list of conv states and one of recurrent states.
+_OF_LISTS = ("Qwen3NextDynamicCache", "Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")
 
 
 class DecodeStates(NamedTuple):
@@ -24,7 +30,9 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
 
     A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`.
     """
-    if not isinstance(cache, Cache) or not _updates_in_place(cache, layer_idx):
+    if _Layer is None:
+        return _read_lists(cache, layer_idx)
+    if not isinstance(cache, _Cache) or not _updates_in_place(cache, layer_idx):
         return Reason.UNKNOWN_CACHE
     layer: Any = cache.layers[layer_idx]
     conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
@@ -40,43 +48,70 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
 def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> Tensor:
     """Puts the recurrent state of layer `layer_idx` into `dtype`; what `read_states` gave before is no longer its.
 
-    Upstream's own passes go on with it: they compute in float32 and copy the result into the tensor that is there.
+    Upstream's own passes go on with it: they compute in float32 and copy the result into the tensor that is there (up
+    to 5.4 they put a float32 one in its place, which the next step converts again).
     """
-    layer: Any = cache.layers[layer_idx]
+    layer: Any = cache if _Layer is None else cache.layers[layer_idx]
     held = layer.recurrent_states
-    state = (held[0] if isinstance(held, dict) else held).to(dtype)
+    if isinstance(held, Tensor):  # 5.5 to 5.13
+        state = layer.recurrent_states = held.to(dtype)
+    else:  # a list of all layers' states; from 5.14 on a dict of the layer's
+        key = layer_idx if _Layer is None else 0
+        state = held[key] = held[key].to(dtype)
     torch._dynamo.mark_static_address(state)  # as upstream does: a captured graph then updates it in place
-    if isinstance(held, dict):
-        held[0] = state
-    else:
-        layer.recurrent_states = state
     return state
 
 
 def new_cache(config: Any, modeling: ModuleType) -> Any:
     """An empty cache for a model of `config`, of the class that its family's modeling module makes."""
-    own = [made for name, made in vars(modeling).items() if name.endswith("DynamicCache") and name != "DynamicCache"]
-    return own[0](config) if own else modeling.DynamicCache(config=config)  # up to 5.4 each family has one of its own
+    own = [made for name, made in vars(modeling).items() if name in _OF_LISTS]
+    return own[0](config) if own else modeling.DynamicCache(config=config)
 
 
 def update_functions() -> dict[str, Any]:
     """What upstream stores states with, by name: a fast step writes into the tensors in its place."""
+    if _Layer is None:
+        return {}
     return {
         f"{owner.__name__}.{name}": vars(owner)[name]
-        for owner in (Cache, LinearAttentionLayer)
+        for owner in (_Cache, _Layer)
         for name in ("update_conv_state", "update_recurrent_state")
     }
 
 
-def _updates_in_place(cache: Cache, layer_idx: int) -> bool:
+def with_own_layer(cache: Any, layer_idx: int) -> Any:
+    """The cache with a copy of one layer's states: updating it leaves the original as it is."""
+    own = copy.copy(cache)
+    for name in ("layers",) if _Layer is not None else ("conv_states", "recurrent_states"):
+        entries = list(getattr(cache, name))
+        entries[layer_idx] = copy.deepcopy(entries[layer_idx])
+        setattr(own, name, entries)
+    return own
+
+
+def _read_lists(cache: Any, layer_idx: int) -> DecodeStates | Reason:
+    """Up to 5.4. Upstream asks the *last* linear layer for a past, and puts a new recurrent tensor into the list.
+
+    It updates the conv state in place, so nobody can have kept either from before: both may be updated in place.
+    """
+    kind: Any = type(cache)
+    if kind.__name__ not in _OF_LISTS or not kind.__module__.startswith("transformers.models."):
+        return Reason.UNKNOWN_CACHE
+    conv, recurrent = cache.conv_states[layer_idx], cache.recurrent_states[layer_idx]
+    if not cache.has_previous_state or conv is None or recurrent is None:
+        return Reason.NO_PREVIOUS_STATE
+    return DecodeStates(conv, recurrent)
+
+
+def _updates_in_place(cache: Any, layer_idx: int) -> bool:
     """Whether nobody has changed how this layer's states are stored: then writing into the tensors is an update."""
     if layer_idx >= len(cache.layers):
         return False
     layer_class: Any = type(cache.layers[layer_idx])
     return (
-        type(cache).update_conv_state is Cache.update_conv_state
-        and type(cache).update_recurrent_state is Cache.update_recurrent_state
-        and issubclass(layer_class, LinearAttentionLayer)
-        and layer_class.update_conv_state is LinearAttentionLayer.update_conv_state
-        and layer_class.update_recurrent_state is LinearAttentionLayer.update_recurrent_state
+        type(cache).update_conv_state is _Cache.update_conv_state
+        and type(cache).update_recurrent_state is _Cache.update_recurrent_state
+        and issubclass(layer_class, _Layer)
+        and layer_class.update_conv_state is _Layer.update_conv_state
+        and layer_class.update_recurrent_state is _Layer.update_recurrent_state
     )

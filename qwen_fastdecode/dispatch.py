@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import call_reader
 from .caches import DecodeStates, convert_recurrent_state
 from .eligibility import decode_states
 from .ops.library import decode_registered
@@ -25,30 +26,27 @@ adopt: Callable[[Any], DecodePlan | None] | None = None
 def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A plain function to install over `original` (Dynamo would trace through a wrapper object to the original)."""
 
+    read = call_reader(original)
+
     @functools.wraps(original)
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        cache_params: Any = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self.__dict__.get(PLAN)
         if plan is None and adopt is not None:
             plan = _adopt(self)
-        if plan is None or plan is EXCLUDED:
-            return original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
-        states = decode_states(plan, self, hidden_states, cache_params, attention_mask, kwargs)
+        call = None if plan is None or plan is EXCLUDED else read(args, kwargs)
+        if call is None:  # not ours, or one that upstream refuses
+            return original(self, hidden_states, *args, **kwargs)
+        states = decode_states(plan, self, hidden_states, call)
         if isinstance(states, Reason):
             if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
                 plan.count_fallback(states)
-            out = original(self, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+            out = original(self, hidden_states, *args, **kwargs)
             if plan.state_dtype is not None and states in _PROMPT:
-                next_states = decode_states(plan, self, hidden_states[:, -1:], cache_params, None, kwargs)
+                next_states = decode_states(plan, self, hidden_states[:, -1:], call._replace(attention_mask=None))
                 if not isinstance(next_states, Reason):
-                    _convert(plan, self, cache_params, next_states)
+                    _convert(plan, self, call.cache, next_states)
             return out
-        return decode_step(plan, self, hidden_states, _convert(plan, self, cache_params, states))
+        return decode_step(plan, self, hidden_states, _convert(plan, self, call.cache, states))
 
     return forward
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import Call
 from .caches import DecodeStates, read_states
 from .plan import DecodePlan
 from .reasons import Reason
@@ -22,23 +23,16 @@ _SWITCH, _OFF = os.environ.encodekey(KILL_SWITCH), os.environ.encodevalue("0")
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def decode_states(
-    plan: DecodePlan,
-    layer: Any,
-    hidden_states: Tensor,
-    cache: Any,
-    attention_mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> DecodeStates | Reason:
+def decode_states(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call) -> DecodeStates | Reason:
     """The states to update if this call is a fast decode step, else why it is not; the cheapest questions first."""
     if hidden_states.shape[1] != 1:
         return Reason.SEVERAL_TOKENS
-    if cache is None:
+    if call.cache is None:
         return Reason.NO_CACHE
-    reason = _call_reason(hidden_states, attention_mask, kwargs) or _layer_reason(plan, layer, hidden_states.device)
+    reason = _call_reason(hidden_states, call) or _layer_reason(plan, layer, hidden_states.device)
     if reason is not None:
         return reason
-    states = read_states(cache, layer.layer_idx)
+    states = read_states(call.cache, layer.layer_idx)
     if isinstance(states, Reason):
         return states
     if not states_fit(plan, states, hidden_states):
@@ -46,12 +40,14 @@ def decode_states(
     return states
 
 
-def _call_reason(hidden_states: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Reason | None:
+def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
     if _ENVIRONMENT.get(_SWITCH) == _OFF:
         return Reason.SWITCHED_OFF
-    if attention_mask is not None:
+    if call.without_position:
+        return Reason.NO_CACHE_POSITION
+    if call.attention_mask is not None:
         return Reason.ATTENTION_MASK
-    if kwargs.get("cu_seq_lens_q") is not None or kwargs.get("seq_idx") is not None:
+    if call.others.get("cu_seq_lens_q") is not None or call.others.get("seq_idx") is not None:
         return Reason.PACKED_SEQUENCES
     if torch.is_grad_enabled():
         return Reason.GRAD_ENABLED

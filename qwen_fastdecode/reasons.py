@@ -11,6 +11,7 @@ class Reason(str, Enum):
     SWITCHED_OFF = "switched off by QWEN_FASTDECODE=0"
     SEVERAL_TOKENS = "more than one token"
     NO_CACHE = "no cache"
+    NO_CACHE_POSITION = "no cache position"  # up to Transformers 5.3, whose models pass one
     NO_PREVIOUS_STATE = "no previous state"
     RECORDING_PAST = "the cache is recording past states"
     ATTENTION_MASK = "an attention mask is given"

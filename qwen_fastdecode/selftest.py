@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
+from .arguments import KNOWN
 from .caches import DecodeStates, new_cache, read_states
 from .dispatch import decode_step
 from .eligibility import states_fit
@@ -49,8 +50,6 @@ NAMES = ("output", "conv state", "recurrent state")  # of what a step gives
 # the same. float32: both round at every operation, and the gates' exponentials amplify it (3e-7 is usual). bfloat16:
 # upstream rounds at every operation, the fast step once at the end.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# Every argument that forward names in a supported release.
-ARGUMENTS = ("self", "hidden_states", "cache_params", "cache_position", "attention_mask")
 
 
 class SelfTest(NamedTuple):
@@ -82,7 +81,7 @@ def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
 
 def _check_arguments(forward: Forward) -> None:
     """The dispatcher hands on what it does not know, but a fast step would ignore it."""
-    if new := [name for name in _named_arguments(forward) if name not in ARGUMENTS]:
+    if new := [name for name in _named_arguments(forward) if name not in KNOWN]:
         raise _Failed(f"its forward takes arguments that the fast step does not know: {', '.join(new)}")
 
 

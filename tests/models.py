@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.cache_utils import Cache
+
+from qwen_fastdecode.seams import unwrap
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
-TRAINED = ("qwen3_next-tiny", "qwen3_5-tiny")
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])  # [2, 6]
 LINEAR = 3  # gated DeltaNet layers of each tiny model; the fourth layer is full attention
 
@@ -107,9 +108,8 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 }
 
 
-def _installed(name: str) -> bool:
+def _has(family: str) -> bool:
     """Whether the installed Transformers has the family, in the form that is supported."""
-    family = name.split()[0].rstrip(",")
     module = f"transformers.models.{family}"
     if importlib.util.find_spec(module) is None:
         return False
@@ -117,10 +117,13 @@ def _installed(name: str) -> bool:
     return not older or hasattr(importlib.import_module(f"{module}.modeling_{family}"), "causal_conv1d_update")
 
 
-FAMILIES = [name for name in BUILDERS if _installed(name)]
+# What the installed Transformers has: qwen3_next from 4.57 on, qwen3_5 and its kin from 5.2 on, qwen4_exp from 5.16 on.
+FAMILIES = [name for name in BUILDERS if _has(name.split()[0].rstrip(","))]
+TRAINED = tuple(f"{family}-tiny" for family in ("qwen3_next", "qwen3_5") if _has(family))
+USUAL = "qwen3_5" if _has("qwen3_5") else "qwen3_next"  # the family of a test that is about no family
 
 
-def build(family: str = "qwen3_5", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def build(family: str = USUAL, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random float32 model in evaluation mode, with memories of all lengths and a convolution that matters."""
     torch.manual_seed(seed)
     model = BUILDERS[family](**changes).eval()
@@ -157,14 +160,27 @@ def generate(model: PreTrainedModel, new_tokens: int = 8, prompt: Tensor = PROMP
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None, **options: Any) -> tuple[Tensor, Cache]:
+def forward(model: PreTrainedModel, tokens: Tensor, cache: Any = None, **options: Any) -> tuple[Tensor, Any]:
     """Logits [B, T, vocabulary] and the cache after them."""
     output = model(tokens, past_key_values=cache, use_cache=True, **options)
     return output.logits, output.past_key_values
 
 
-def cache_tensors(cache: Cache) -> Iterator[Tensor]:
+def call_layer(layer: nn.Module, hidden_states: Tensor, cache: Any) -> Tensor:
+    """A gated DeltaNet layer's output [B, T, hidden size], called as the decoder layer of this release calls it."""
+    names = inspect.signature(unwrap(type(layer).forward)).parameters
+    arguments = {"cache" if "cache" in names else "cache_params": cache, "attention_mask": None}
+    if "cache_position" in names:  # up to 5.3, where it says no more than that there is one
+        arguments["cache_position"] = torch.zeros(hidden_states.shape[1], dtype=torch.int64)
+    return layer(hidden_states=hidden_states, **arguments)
+
+
+def cache_tensors(cache: Any) -> Iterator[Tensor]:
     """Copies of every tensor that a cache holds, layer by layer."""
+    if not hasattr(cache, "layers"):  # up to 5.4: lists, one tensor a layer
+        for held in (cache.conv_states, cache.recurrent_states, cache.key_cache, cache.value_cache):
+            yield from (tensor.clone() for tensor in held if tensor is not None)
+        return
     for layer in cache.layers:
         for name in ("conv_states", "recurrent_states", "keys", "values"):
             held = getattr(layer, name, None)

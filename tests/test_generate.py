@@ -39,6 +39,16 @@ def generate_seeded(model: PreTrainedModel, *args: Any, **options: Any) -> torch
     return generate(model, *args, **options)
 
 
+def said(model: PreTrainedModel, tokens: torch.Tensor, mode: str) -> list[list[int]] | str:
+    """The tokens, or what upstream raises: from 5.5 to 5.12 it has no static cache of these layers."""
+    try:
+        return generate_seeded(model, 48, tokens, **MODES[mode]).tolist()
+    except (AttributeError, KeyError) as error:
+        if mode != "static cache":
+            raise
+        return repr(error)
+
+
 @pytest.mark.parametrize("checkpoint", TRAINED)
 def test_512_free_running_tokens_are_identical(checkpoint: str) -> None:
     model, tokens = load(checkpoint), prompt(checkpoint)[:1]
@@ -53,9 +63,11 @@ def test_512_free_running_tokens_are_identical(checkpoint: str) -> None:
 @pytest.mark.parametrize("checkpoint", TRAINED)
 def test_every_way_to_generate_says_the_same(checkpoint: str, mode: str) -> None:
     model, tokens = load(checkpoint), prompt(checkpoint)[:2]
-    expected = generate_seeded(model, 48, tokens, **MODES[mode])
+    expected = said(model, tokens, mode)
     qf.patch(model)
-    assert torch.equal(generate_seeded(model, 48, tokens, **MODES[mode]), expected)
+    assert said(model, tokens, mode) == expected
+    if isinstance(expected, str):
+        return
     assert qf.status(model).fast_steps == 47 * LINEAR
     assert qf.status(model).fallbacks == {"more than one token": LINEAR}
 

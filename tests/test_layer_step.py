@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from models import TRAINED, forward, linear_layers, load, prompt
+from models import TRAINED, call_layer, forward, linear_layers, load, prompt
 from tolerances import BFLOAT16_UPSTREAM, FLOAT32, relative_rms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 import qwen_fastdecode as qf
+from qwen_fastdecode.arguments import cache_name
 from qwen_fastdecode.caches import read_states
 from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.plan import plan_of
@@ -44,7 +45,7 @@ def decode_calls(model: PreTrainedModel, tokens: Tensor) -> list[Call]:
 
     def keep(layer: Any, args: Any, kwargs: Any) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        calls.append(Call(layer, hidden_states.clone(), copy.deepcopy(kwargs["cache_params"])))
+        calls.append(Call(layer, hidden_states.clone(), copy.deepcopy(kwargs[cache_name(kwargs)])))
 
     _, cache = forward(model, tokens[:, :-STEPS])
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in linear_layers(model)]
@@ -60,7 +61,7 @@ def run(call: Call) -> Result:
     """The layer as it now is, from a copy of the states."""
     cache, outs = copy.deepcopy(call.cache), []
     with call.layer.out_proj.register_forward_pre_hook(lambda module, args: outs.append(args[0].flatten(1))):
-        call.layer(call.hidden_states, cache_params=cache, attention_mask=None)
+        call_layer(call.layer, call.hidden_states, cache)
     return Result(outs[0], *read_states(cache, call.layer.layer_idx))
 
 
@@ -121,7 +122,7 @@ class CountOperators(TorchDispatchMode):
 @torch.no_grad()
 def operators(call: Call) -> int:
     with CountOperators() as counter:
-        call.layer(call.hidden_states, cache_params=call.cache, attention_mask=None)
+        call_layer(call.layer, call.hidden_states, call.cache)
     return counter.count
 
 

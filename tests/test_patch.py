@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, PROMPT, build, fingerprint, forward, generate, linear_layers, load
+from models import FAMILIES, LINEAR, PROMPT, TRAINED, build, fingerprint, forward, generate, linear_layers, load
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +66,7 @@ def test_patch_of_everything_covers_the_living_and_the_unborn() -> None:
     report = qf.patch()
     assert report.covered >= LINEAR
     assert torch.equal(generate(model, NEW), expected)
-    later = build("qwen3_5")
+    later = build(seed=1)
     assert [(layer.covered, layer.reason) for layer in qf.status(later).layers] == [
         (True, "from its first use")
     ] * LINEAR
@@ -256,7 +256,7 @@ def test_the_kill_switch_works_before_and_after_patching(monkeypatch: pytest.Mon
     assert qf.status(model).fallbacks["switched off by QWEN_FASTDECODE=0"] == 2 * STEPS
 
 
-@pytest.mark.parametrize("checkpoint", ["qwen3_next-tiny", "qwen3_5-tiny"])
+@pytest.mark.parametrize("checkpoint", TRAINED)
 def test_the_plan_has_what_a_rank_works_on(checkpoint: str) -> None:
     model = load(checkpoint)
     qf.patch(model)

@@ -6,7 +6,6 @@ the distance of one layer step, the one that has a fixed bound.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from qwen_fastdecode.caches import DecodeStates, read_states
+from qwen_fastdecode.arguments import cache_name
+from qwen_fastdecode.caches import DecodeStates, read_states, with_own_layer
 from qwen_fastdecode.eligibility import KILL_SWITCH
 
 
@@ -58,18 +58,19 @@ class LayerwiseCheck:
 
     def _copy_states(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs["hidden_states"].shape[1] == 1:
-            self._before[layer] = with_own_layer(kwargs["cache_params"], layer.layer_idx)
+            self._before[layer] = with_own_layer(kwargs[cache_name(kwargs)], layer.layer_idx)
 
     def _compare(self, name: str) -> Any:
         def hook(layer: Any, args: Any, kwargs: dict[str, Any], out: Tensor) -> None:
             cache = self._before.pop(layer, None)
             if cache is None:
                 return
+            cache_argument = cache_name(kwargs)
             with switched_off():
-                expected = layer.forward(**{**kwargs, "cache_params": cache})
+                expected = layer.forward(**{**kwargs, cache_argument: cache})
             self._steps += 1
             self._add(f"{name} output", out, expected)
-            ours, upstream = (read_states(c, layer.layer_idx) for c in (kwargs["cache_params"], cache))
+            ours, upstream = (read_states(c, layer.layer_idx) for c in (kwargs[cache_argument], cache))
             if isinstance(ours, DecodeStates) and isinstance(upstream, DecodeStates):  # else it was no fast step
                 self._add(f"{name} conv state", ours.conv, upstream.conv)
                 self._add(f"{name} recurrent state", ours.recurrent, upstream.recurrent)
@@ -80,14 +81,6 @@ class LayerwiseCheck:
         squares = self._squares[where]
         squares[0] += vector_norm(ours.float() - upstream.float(), dtype=torch.float64).item() ** 2
         squares[1] += vector_norm(upstream.float(), dtype=torch.float64).item() ** 2
-
-
-def with_own_layer(cache: Any, layer_idx: int) -> Any:
-    """The cache with a copy of one layer's states: updating it leaves the original as it is."""
-    own = copy.copy(cache)
-    own.layers = list(cache.layers)
-    own.layers[layer_idx] = copy.deepcopy(cache.layers[layer_idx])
-    return own
 
 
 @contextmanager

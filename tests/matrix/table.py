@@ -1,0 +1,98 @@
+"""docs/compatibility.md from the results of a run."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OK, FAILED = "ok", "**FAILS**"
+CASE = re.compile(r"test_(?:feature\[(?P<case>.+)\]|(?P<lifecycle>lifecycle)\[(?P<family>.+)\])")
+
+
+@dataclass
+class Result:
+    """What the tests of one release say."""
+
+    release: str
+    cells: dict[tuple[str, str], str] = field(default_factory=dict)  # of a family and feature: see `_show`
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    trouble: str = ""  # why there are no results
+
+    @property
+    def fine(self) -> bool:
+        """Whether every test passed, and there were some."""
+        return bool(self.passed) and not self.failed and not self.trouble
+
+
+def read_result(release: str, report: Path, features: list[str]) -> Result:
+    """Reads a JUnit file of pytest."""
+    result = Result(release)
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("name", "")
+        bad = case.find("failure") is not None or case.find("error") is not None or case.find("skipped") is not None
+        if bad:
+            result.failed.append(f"{case.get('classname')}::{name}")
+        else:
+            result.passed += 1
+        found = CASE.fullmatch(name)
+        if found is not None and case.get("classname", "").endswith("test_release"):
+            property_ = case.find("properties/property[@name='upstream fails']")
+            outcome = FAILED if bad else OK if property_ is None else property_.get("value", "")
+            result.cells[_cell(found, features)] = outcome
+    return result
+
+
+def _cell(found: re.Match[str], features: list[str]) -> tuple[str, str]:
+    if found["lifecycle"]:
+        return found["family"], "patch and unpatch"
+    feature = next(name for name in features if found["case"].endswith(f"-{name}"))
+    return found["case"].removesuffix(f"-{feature}"), feature
+
+
+def render(results: list[Result], features: list[str], families: list[str], how: str) -> str:
+    """The document: one table a family, a row a release, a column a feature, and upstream's own words below."""
+    notes: dict[str, int] = {}
+    columns = [*features, "patch and unpatch"]
+    lines = [
+        "# Compatibility",
+        "",
+        f"Written by `{how}`; do not edit. Each cell is a test of `tests/matrix/test_release.py`: CPU, float32.",
+        "",
+        "- ok: the patched model says what the unpatched one says, and every decode step was served fast (counted).",
+        "- upstream [n]: the unpatched model raises, and the patched one raises the same; the words are below.",
+        "- -: this release of Transformers does not have the family.",
+        "",
+    ]
+    for family in families:
+        lines += [f"## {family}", "", f"| Transformers | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for result in results:
+            cells = [_show(result.cells.get((family, column)), result, notes) for column in columns]
+            lines.append(f"| {result.release} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["## All tests that were run", "", "| Transformers | passed | failed |", "|---|---|---|"]
+    lines += [f"| {x.release} | {x.passed} | {len(x.failed)}{'; ' + x.trouble if x.trouble else ''} |" for x in results]
+    lines += ["", "## What upstream raises", ""]
+    lines += [f"{number}. `{text}`" for text, number in notes.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _show(outcome: str | None, result: Result, notes: dict[str, int]) -> str:
+    """A cell: OK, FAILED, or the number of what upstream raised; None where no test of it was there."""
+    if outcome is None:
+        return "no result" if result.trouble else "-"
+    if outcome in (OK, FAILED):
+        return outcome
+    return f"upstream [{notes.setdefault(outcome, len(notes) + 1)}]"
+
+
+def summary(results: list[Result]) -> str:
+    """A line a release that is not fine."""
+    bad: dict[str, list[str]] = defaultdict(list)
+    for result in results:
+        if not result.fine:
+            bad[result.release] += [result.trouble] if result.trouble else result.failed or ["no test ran"]
+    return "\n".join(f"{release}: {line}" for release, lines in bad.items() for line in lines)
