@@ -72,9 +72,11 @@ def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
     for family, module, layer in sorted({(seam.family, seam.module, seam.layer) for seam in load_seams()}):
         if module not in sys.modules and not (import_missing and _exists(module)):
             continue
-        layer_class = getattr(importlib.import_module(module), layer, None)
-        if layer_class is not None:
-            yield Upstream(family, layer_class)
+        # While `transformers.monkey_patching` is at work the name may stand for a subclass of somebody else's.
+        held = getattr(importlib.import_module(module), layer, None)
+        for base in getattr(held, "__mro__", ()):
+            if (base.__module__, base.__qualname__) == (module, layer):
+                yield Upstream(family, base)
 
 
 def _exists(module: str) -> bool:
