@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
 #
-# Sections: correctness speed sanitize tiles (all of them by default, in this order), and generate (end to end, by
-# name only). All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs
+# Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only generate (end to
+# end) and ways (CUDA graphs, reduce-overhead, bitsandbytes). All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs
 # the same code on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on PYTHONPATH is used.
 # Exit code 1 if any section found something wrong or was cut short; the others still run.
 set -u
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
     --out) out=${2:?--out needs a folder}; shift ;;
     --limit) limit=${2:?--limit needs seconds}; shift ;;
     --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
-    correctness | sanitize | tiles | speed | generate) sections+=("$1") ;;
+    correctness | sanitize | tiles | speed | generate | ways) sections+=("$1") ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
   shift

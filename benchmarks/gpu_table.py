@@ -51,6 +51,10 @@ def _checks(sections: dict[str, Any]) -> Iterable[str]:
             f"output {worst['out']:.1e}, state {worst['state']:.1e}."
         )
         yield from (f"- FAILED {case['name']}: {case['error']}" for case in cases if not case["passed"])
+    for row in sections.get("ways", []):
+        said = row.get("error") or f"tokens equal: {row['tokens_equal']}"
+        steps = f"{row.get('fast_steps', 0)} of {row.get('expected_steps', '?')} eager layer steps fast"
+        yield f"- {'' if row['passed'] else 'FAILED '}{row['check']}: {steps}; {said}"
     for result in sections.get("sanitize", []):
         verdict = {0: "found nothing", -1: "did not finish"}.get(result["code"], "FOUND SOMETHING OR FAILED")
         yield f"compute-sanitizer {result['tool']}: {verdict}."

@@ -74,9 +74,13 @@ def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
         if module not in sys.modules and not (import_missing and _exists(module)):
             continue
         imported = importlib.import_module(module)
-        layer_class = getattr(imported, layer, None)
-        if layer_class is not None and (needs is None or hasattr(imported, needs)):
-            yield Upstream(family, layer_class)
+        if needs is not None and not hasattr(imported, needs):
+            continue
+        # While `transformers.monkey_patching` is at work the name may stand for a subclass of somebody else's.
+        held = getattr(imported, layer, None)
+        for base in getattr(held, "__mro__", ()):
+            if (base.__module__, base.__qualname__) == (module, layer):
+                yield Upstream(family, base)
 
 
 def _exists(module: str) -> bool:

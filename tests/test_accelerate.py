@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from models import LINEAR, build, generate, linear_layers
+from models import CHECKPOINTS, LINEAR, TRAINED, build, generate, linear_layers, load, prompt
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qwen_fastdecode as qf
 
@@ -118,6 +118,38 @@ def test_a_layer_on_disk_falls_back_and_the_others_do_not(expected: Tensor, tmp_
     qf.patch(model)
     assert torch.equal(generate(model, NEW), expected)
     assert [layer.fast_steps for layer in qf.status(model).layers] == [NEW - 1, 0, NEW - 1]
+
+
+def test_a_model_on_disk_is_upstreams_to_load(expected: Tensor, tmp_path: Path) -> None:
+    model = build()
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    qf.patch(model)
+    assert torch.equal(generate(model, NEW), expected)
+    assert qf.status(model).fast_steps == 0
+    assert qf.status(model).fallbacks == {"more than one token": LINEAR, "hooks on conv1d or norm": STEPS}
+
+
+@pytest.mark.parametrize(
+    ("memory", "fast_layers"), [(None, LINEAR), (2_400_000, 1)], ids=["all in memory", "most on disk"]
+)
+def test_device_map_auto(memory: int | None, fast_layers: int, tmp_path: Path) -> None:
+    """transformers places the layers by the memory that it is given, and hooks those that it offloads."""
+    checkpoint = TRAINED[1]
+    expected = generate(load(checkpoint), NEW, prompt(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(
+        CHECKPOINTS / checkpoint,
+        dtype=torch.float32,
+        device_map="auto",
+        max_memory=None if memory is None else {"cpu": memory},  # bytes
+        offload_folder=tmp_path,
+    )
+    qf.patch(model)
+    assert torch.equal(generate(model, NEW, prompt(checkpoint)), expected)
+    assert [layer.fast_steps for layer in qf.status(model).layers] == [NEW - 1] * fast_layers + [0] * (
+        LINEAR - fast_layers
+    )
+    offloaded = {"hooks on conv1d or norm": (LINEAR - fast_layers) * (NEW - 1)} if fast_layers < LINEAR else {}
+    assert qf.status(model).fallbacks == {"more than one token": LINEAR} | offloaded
 
 
 class LoadedAtUse(ModelHook):

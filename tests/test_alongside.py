@@ -1,13 +1,15 @@
-"""What a patched model meets in use: adapters, threads, inference mode, a move to another dtype."""
+"""What a patched model meets in use: adapters, threads, replicas, inference mode, another dtype, being saved."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from models import LINEAR, PROMPT, build, generate, linear_layers
+from models import LINEAR, PROMPT, build, forward, generate, linear_layers
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qwen_fastdecode as qf
 
@@ -83,3 +85,48 @@ def test_a_model_may_change_its_dtype_after_patching() -> None:
     model.to(torch.bfloat16)
     generate(model, NEW)
     assert qf.status(model).fast_steps == 2 * STEPS
+
+
+def test_a_patched_model_saves_what_an_unpatched_one_saves(tmp_path: Path) -> None:
+    model = build()
+    expected = generate(model, NEW)
+    model.save_pretrained(tmp_path / "before")
+    qf.patch(model)
+    generate(model, NEW)
+    model.save_pretrained(tmp_path / "patched")
+    before, patched = ({f.name: f.read_bytes() for f in (tmp_path / when).iterdir()} for when in ("before", "patched"))
+    assert patched == before
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "patched")
+    assert torch.equal(generate(again, NEW), expected)
+    assert qf.status(again).fast_steps == 0
+    qf.patch(again)
+    assert torch.equal(generate(again, NEW), expected)
+    assert qf.status(again).fast_steps == STEPS
+
+
+def replica(model: PreTrainedModel) -> PreTrainedModel:
+    """As DataParallel makes one for each GPU: shallow copies of the modules, whose weights are plain tensors."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module.named_children():
+            setattr(copied, name, copies[child])
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.detach().clone())
+    return copies[model]
+
+
+@torch.no_grad()
+def two_steps(model: nn.Module) -> Tensor:
+    first = model(PROMPT, use_cache=True)
+    return model(PROMPT[:, :1], past_key_values=first.past_key_values).logits
+
+
+def test_data_parallel_and_its_replicas() -> None:
+    model = build()
+    _, cache = forward(model, PROMPT)
+    expected, _ = forward(model, PROMPT[:, :1], cache)
+    qf.patch(model)
+    for each in (nn.DataParallel(model), replica(model)):
+        assert torch.equal(two_steps(each).argmax(-1), expected.argmax(-1))
+    assert qf.status(model).fast_steps == 2 * LINEAR  # replicas count on the plan that they share
+    assert qf.status(nn.DataParallel(model)).covered == LINEAR

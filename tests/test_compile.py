@@ -29,11 +29,18 @@ class Recorder:
 
     def __init__(self, backend: str = "eager"):
         self.graphs: list[torch.fx.GraphModule] = []
+        self.served = 0  # layer steps by our operator: no counter of the package sees inside a graph
         compile_graph = lookup_backend(backend)
 
         def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
             self.graphs.append(graph)
-            return compile_graph(graph, inputs)
+            layers, run = self.operators[-1], compile_graph(graph, inputs)
+
+            def counted(*arguments: Any) -> Any:
+                self.served += layers
+                return run(*arguments)
+
+            return counted
 
         self.record = record  # a function: `generate` copies its configuration, and copies no function
 
@@ -72,6 +79,7 @@ def test_a_decode_step_is_one_graph_for_all_steps(checkpoint: str, backend: str)
     recorder = Recorder(backend)
     assert torch.equal(decode(model, recorder.compile(model), tokens=tokens), expected)
     assert recorder.operators == [LINEAR]  # fullgraph: no break; one graph: no recompile
+    assert recorder.served == NEW * LINEAR
     assert qf.status(model).fast_steps == 0
     assert "inside torch.compile" in str(qf.status(model))
 
@@ -138,3 +146,4 @@ def test_generate_compiles_its_own_decode_step() -> None:
     config._compile_all_devices = True
     assert torch.equal(generate(model, 16, cache_implementation="static", compile_config=config), expected)
     assert recorder.operators == [1]
+    assert recorder.served == 15

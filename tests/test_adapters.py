@@ -1,0 +1,74 @@
+"""What takes the place of projections: low-rank adapters of peft, and weights of 8 and 4 bits by torchao."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import LINEAR, TRAINED, generate, linear_layers, load, prompt
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+from torchao.utils import TorchAOBaseTensor
+from transformers import PreTrainedModel
+
+import qwen_fastdecode as qf
+
+NEW = 12
+STEPS = LINEAR * (NEW - 1)
+
+
+def say(model: nn.Module, checkpoint: str) -> list[list[int]]:
+    return generate(model, NEW, prompt(checkpoint)[:2]).tolist()
+
+
+def adapt(model: PreTrainedModel) -> PeftModel:
+    """A random adapter on every projection of the gated DeltaNet layers."""
+    projections = [name for name, part in linear_layers(model)[0].named_children() if isinstance(part, nn.Linear)]
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=projections, init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_an_adapter_on_off_merged_and_gone(checkpoint: str, patched_first: bool) -> None:
+    plain, expected = say(load(checkpoint), checkpoint), say(adapt(load(checkpoint)), checkpoint)
+    assert plain != expected
+    model = load(checkpoint)
+    if patched_first:
+        qf.patch(model)
+    adapted = adapt(model)
+    assert qf.patch(adapted).covered == LINEAR
+    assert say(adapted, checkpoint) == expected
+    with adapted.disable_adapter():
+        assert say(adapted, checkpoint) == plain
+    adapted.merge_adapter()
+    assert say(adapted, checkpoint) == expected
+    adapted.unmerge_adapter()
+    assert say(adapted.merge_and_unload(), checkpoint) == expected
+    assert qf.status(model).fast_steps == 4 * STEPS
+    assert qf.status(model).fallbacks == {"more than one token": 4 * LINEAR}
+
+
+WEIGHTS = {
+    "int8": Int8WeightOnlyConfig(),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)),
+}
+
+
+@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize("config", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_projections_of_few_bits(checkpoint: str, config: AOBaseConfig, patched_first: bool) -> None:
+    reference = load(checkpoint)
+    quantize_(reference, config)
+    model = load(checkpoint)
+    for act in (qf.patch, lambda model: quantize_(model, config))[:: 1 if patched_first else -1]:
+        act(model)
+    weights = [part.weight for part in linear_layers(model)[0].children() if isinstance(part, nn.Linear)]
+    assert len(weights) > 2
+    assert all(isinstance(weight, TorchAOBaseTensor) for weight in weights)
+    assert say(model, checkpoint) == say(reference, checkpoint)
+    assert qf.status(model).fast_steps == STEPS
+    assert qf.status(model).fallbacks == {"more than one token": LINEAR}
