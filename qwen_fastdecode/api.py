@@ -14,8 +14,9 @@ from torch import nn
 from . import dispatch, install
 from .errors import NothingToPatch, PatchError
 from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers, review
-from .ops.backends import BACKENDS, select_backend
-from .plan import EXCLUDED, PLAN, DecodePlan, plan_of
+from .names import BACKENDS, EXCLUDED, PLAN
+from .ops.backends import select_backend
+from .plan import DecodePlan, plan_of
 from .report import PatchReport, Status
 from .seams import upstream_classes
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .caches import DecodeStates
 from .eligibility import decode_states
+from .names import EXCLUDED, PLAN
 from .ops.library import decode_registered
-from .plan import EXCLUDED, PLAN, DecodePlan
+from .plan import DecodePlan
 from .reasons import Reason
 
 # While `patch()` of everything is on: makes the plan of a layer that has none yet; None if it cannot be covered.

@@ -12,8 +12,9 @@ from torch import nn
 from . import install
 from .errors import LayerNotCovered, PatchError
 from .families import FAMILIES
+from .names import EXCLUDED, PLAN
 from .ops.backends import select_backend
-from .plan import EXCLUDED, PLAN, DecodePlan, make_plan, plan_of
+from .plan import DecodePlan, make_plan, plan_of
 from .report import LayerStatus
 from .seams import Upstream, check_reviewed, upstream_classes
 

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from .families import Family, GatedNorm, HeadSizes, read_norm
+from .names import PLAN
 from .ops.backends import Backend, select_backend
 from .reasons import Reason
-
-PLAN = "_qwen_fastdecode_plan"  # the attribute of a patched layer; a plan, or EXCLUDED
-EXCLUDED = False  # `unpatch(model)` under a `patch()` of everything
 
 _counting = threading.Lock()
 

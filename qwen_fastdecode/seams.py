@@ -70,9 +70,10 @@ def load_seams() -> tuple[Seam, ...]:
 def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
     """The gated DeltaNet classes that the installed Transformers has; only those already imported, unless asked."""
     for family, module, layer in sorted({(seam.family, seam.module, seam.layer) for seam in load_seams()}):
-        if module not in sys.modules and not (import_missing and _exists(module)):
-            continue
-        layer_class = getattr(importlib.import_module(module), layer, None)
+        if import_missing and module not in sys.modules and _exists(module):
+            importlib.import_module(module)
+        # Not import_module: it would wait for another thread that imports it, and that may wait for our lock.
+        layer_class = getattr(sys.modules.get(module), layer, None)
         if layer_class is not None:
             yield Upstream(family, layer_class)
 
