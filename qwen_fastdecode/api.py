@@ -13,14 +13,23 @@ from torch import nn
 
 from . import dispatch, install
 from .errors import NothingToPatch, PatchError
-from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers, review
+from .layers import (
+    FoundLayer,
+    describe,
+    describe_gone,
+    describe_plan,
+    find_layers,
+    inspect_layer,
+    living_layers,
+    review,
+)
 from .names import BACKENDS, EXCLUDED, PLAN
 from .ops.backends import select_backend
 from .plan import DecodePlan, plan_of
 from .report import PatchReport, Status
 from .seams import upstream_classes
 
-_LENIENT = "Pass strict=False to leave such layers to upstream."
+_LENIENT = "Pass strict=False (qwen-fastdecode run: --no-strict) to leave such layers to upstream."
 _lock = threading.RLock()
 
 
@@ -32,6 +41,7 @@ class _Everything(NamedTuple):
 
 
 _everything: _Everything | None = None
+_kept: list[DecodePlan] | None = None  # plans made while `patch()` of everything is on: models may be gone at the end
 
 
 def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> PatchReport:
@@ -113,6 +123,8 @@ def status(model: nn.Module | None = None) -> Status:
             return Status(tuple(describe(layer, everything=everything) for layer in find_layers(model, "auto")))
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
+        living = {id(plan) for _, plan in plans}
+        entries += [describe_gone(plan) for plan in _kept or () if id(plan) not in living]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
 
@@ -166,7 +178,7 @@ def _switch_everything(everything: _Everything | None) -> None:
 
 
 def _patch_everything(everything: _Everything) -> PatchReport:
-    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_default_device(everything)
     upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=True)}
     verdicts = {layer_class: review(upstream) for layer_class, upstream in upstreams.items()}
     unknown = [error for error in verdicts.values() if error is not None]
@@ -189,6 +201,34 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     )
 
 
+def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> None:
+    """As `patch()`, for the classes of one module that was just imported: `qwen-fastdecode run` calls it.
+
+    With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
+    """
+    global _kept
+    with _lock:
+        everything = _Everything(backend, strict)
+        _check_default_device(everything)
+        for upstream in upstream_classes(import_missing=False):
+            if upstream.layer_class.__module__ == module:
+                error = review(upstream)
+                if error is None:
+                    install.ensure_patched(upstream.layer_class)
+                elif strict:
+                    raise type(error)(f"{error}. {_LENIENT}") from error
+                else:
+                    warnings.warn(f"{upstream.label} stays with upstream: {error}", stacklevel=2)
+        _switch_everything(everything)
+        if keep and _kept is None:
+            _kept = []
+
+
+def _check_default_device(everything: _Everything) -> None:
+    """Raises what the backend raises where models are going to run."""
+    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _name(module: Any) -> str:
     return f"{type(module).__qualname__}[{module.layer_idx}]"
 
@@ -203,6 +243,8 @@ def _adopt(module: Any) -> DecodePlan | None:
         layer = inspect_layer(_name(module), module, upstream, review(upstream), _everything.backend)
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
+            if _kept is not None:
+                _kept.append(layer.plan)
             return layer.plan
         if _everything.strict:
             _refuse_problems([layer])

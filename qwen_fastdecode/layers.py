@@ -99,5 +99,14 @@ def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus
     """A patched layer and what its counters say."""
     device = module.A_log.device
     backend = plan.backend if device.type == "meta" else select_backend(plan.backend, device).name
+    return _counted(plan, name, backend)
+
+
+def describe_gone(plan: DecodePlan) -> LayerStatus:
+    """What the counters say of a layer that is no longer there."""
+    return _counted(plan, plan.name, plan.last_backend, reason="no longer there")
+
+
+def _counted(plan: DecodePlan, name: str, backend: str, reason: str = "") -> LayerStatus:
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    return LayerStatus(name, plan.family.name, backend, covered=True, fast_steps=plan.fast_steps, fallbacks=fallbacks)
+    return LayerStatus(name, plan.family.name, backend, True, reason, plan.fast_steps, fallbacks)

@@ -45,6 +45,11 @@ class DecodePlan:
             backend = self._backends[device] = select_backend(self.backend, device)
         return backend
 
+    @property
+    def last_backend(self) -> str:
+        """The name of the backend on the device that it met last; before its first step, the one that was asked for."""
+        return list(self._backends.values())[-1].name if self._backends else self.backend
+
     def count_fast_step(self) -> None:
         with _counting:
             self.fast_steps += 1
