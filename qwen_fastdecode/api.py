@@ -38,10 +38,10 @@ class _Everything(NamedTuple):
 
     backend: str
     strict: bool
+    kept: list[DecodePlan] | None = None  # every plan that was made, where layers that are gone are to be listed
 
 
 _everything: _Everything | None = None
-_kept: list[DecodePlan] | None = None  # plans made while `patch()` of everything is on: models may be gone at the end
 
 
 def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool = True) -> PatchReport:
@@ -66,7 +66,7 @@ def patch(model: nn.Module | None = None, *, backend: str = "auto", strict: bool
     """
     with _lock:
         if model is None:
-            return _patch_everything(_Everything(backend, strict))
+            return _patch_everything(_Everything(backend, strict, _kept()))
         layers = find_layers(model, backend)
         _check(model, layers, backend, strict)
         _cover(layers)
@@ -124,7 +124,7 @@ def status(model: nn.Module | None = None) -> Status:
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
         living = {id(plan) for _, plan in plans}
-        entries += [describe_gone(plan) for plan in _kept or () if id(plan) not in living]
+        entries += [describe_gone(plan) for plan in _kept() or () if id(plan) not in living]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
 
@@ -206,9 +206,8 @@ def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> No
 
     With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
     """
-    global _kept
     with _lock:
-        everything = _Everything(backend, strict)
+        everything = _Everything(backend, strict, _kept() or ([] if keep else None))
         _check_default_device(everything)
         for upstream in upstream_classes(import_missing=False):
             if upstream.layer_class.__module__ == module:
@@ -220,8 +219,10 @@ def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> No
                 else:
                     warnings.warn(f"{upstream.label} stays with upstream: {error}", stacklevel=2)
         _switch_everything(everything)
-        if keep and _kept is None:
-            _kept = []
+
+
+def _kept() -> list[DecodePlan] | None:
+    return None if _everything is None else _everything.kept
 
 
 def _check_default_device(everything: _Everything) -> None:
@@ -243,8 +244,8 @@ def _adopt(module: Any) -> DecodePlan | None:
         layer = inspect_layer(_name(module), module, upstream, review(upstream), _everything.backend)
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
-            if _kept is not None:
-                _kept.append(layer.plan)
+            if _everything.kept is not None:
+                _everything.kept.append(layer.plan)
             return layer.plan
         if _everything.strict:
             _refuse_problems([layer])

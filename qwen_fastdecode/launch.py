@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import builtins
 import importlib.util
 import os
 import pkgutil
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         sys.argv = ["-m" if args.module else name, *arguments]
         main, code = load_module(name) if args.module else load_script(name)
         sys.modules["__main__"] = main
+        vars(main)["__builtins__"] = builtins  # exec alone would put its dict there
         exec(code, vars(main))
     except NotFound as error:
         args.parser.exit(error.exit_code, f"{args.parser.prog}: {error}\n")
@@ -99,15 +101,15 @@ def print_report() -> None:
 
 def load_script(path: str) -> tuple[ModuleType, CodeType]:
     """The `__main__` of a file of source or bytecode, or of a folder or zip that has one."""
-    container = pkgutil.get_importer(path)
+    file = os.path.abspath(path)
+    container = pkgutil.get_importer(file)
     if container is not None:
-        set_first_path(path, always=True)
+        set_first_path(file, always=True)
         spec = container.find_spec("__main__")
         if spec is None:
             raise NotFound(f"can't find '__main__' module in {path!r}")
         return _load(spec)
     set_first_path(os.path.dirname(os.path.realpath(path)))
-    file = os.path.abspath(path)
     loader: SourcelessFileLoader | SourceFileLoader
     try:
         if path.endswith(".pyc"):
