@@ -19,7 +19,7 @@ import sys
 def f(x: int): pass
 names = ("__name__", "__file__", "__package__", "__cached__", "__builtins__", "__doc__")
 print({name: str(globals().get(name, "none")) for name in names}, type(__loader__).__name__)
-print(__spec__ and (__spec__.name, __spec__.origin), f.__annotations__, sys.argv, sys.path[0])
+print(__spec__ and (__spec__.name, __spec__.origin), f.__annotations__, sys.argv, sys.path)
 print(sys.modules["__main__"].__dict__ is globals(), sorted({*globals()} - {*names, "__annotations__"}))
 """
 # The body ends while a thread still works; it pickles, and another process unpickles, what is in __main__.
@@ -94,6 +94,15 @@ def test_other_kinds_of_programs(kind: str, safe: list[str], tmp_path: Path) -> 
     assert (done.stdout, done.returncode) == (expected.stdout, expected.returncode)
     assert "qwen_fastdecode" not in done.stderr
     assert bool(done.stderr) == bool(expected.stderr)  # with -P, a module in this folder is not found
+
+
+@pytest.mark.parametrize("target", [["program.py"], ["-m", "package"]])
+def test_the_installed_command_leaves_no_trace_of_itself(target: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "program.py", DESCRIBE)
+    write(tmp_path / "package" / "__main__.py", DESCRIBE)
+    command = Path(sys.executable).with_name("qwen-fastdecode")  # python puts its folder on sys.path, not ours
+    expected, done = python(*target, cwd=tmp_path), python(command, "run", *target, cwd=tmp_path)
+    assert (done.stdout, done.stderr, done.returncode) == (expected.stdout, "", 0)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +27,7 @@ from transformers import pipeline
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import qwen_fastdecode as qf
-from qwen_fastdecode import api
+from qwen_fastdecode import api, seams
 
 NEW = 12
 PROMPT = "The for statement"
@@ -146,15 +148,46 @@ def imported(**options: Any) -> None:
 
 def test_only_classes_of_the_imported_module_are_patched() -> None:
     before = vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"]
+    model, other = build(), build("qwen3_next")
     imported()
     assert vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"] is not before
-    model, other = build(), build("qwen3_next")
     assert torch.equal(generate(model), generate(build()))
     generate(other)
     assert qf.status(model).fast_steps == LINEAR * 7
     assert qf.status(other).fast_steps == 0
     qf.unpatch()
     assert vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"] is before
+
+
+SLOW = """\
+import threading
+go_on = threading.Event()
+go_on.wait(60)
+SlowGatedDeltaNet = object
+"""
+
+
+def test_a_module_that_another_thread_imports_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread may be about to patch it, and wait for us."""
+    write(tmp_path / "slow_model.py", SLOW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(seams, "load_seams", lambda: (seams.Seam("slow", "slow_model", "SlowGatedDeltaNet", "", {}),))
+    importing = threading.Thread(target=importlib.import_module, args=("slow_model",))
+    importing.start()
+    while not hasattr(sys.modules.get("slow_model"), "go_on"):
+        time.sleep(0.01)
+    found: list[list[seams.Upstream]] = []
+    looking = threading.Thread(target=lambda: found.append([*seams.upstream_classes(import_missing=False)]))
+    looking.start()
+    looking.join(20)
+    waited = looking.is_alive()
+    sys.modules["slow_model"].go_on.set()
+    importing.join()
+    looking.join()
+    assert not waited
+    assert found == [[]]
 
 
 def test_layers_that_are_gone_stay_in_the_report_if_they_are_kept() -> None:
