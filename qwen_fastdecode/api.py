@@ -14,13 +14,14 @@ from torch import nn
 from . import dispatch, install
 from .errors import NothingToPatch, PatchError
 from .guard import State, review
-from .layers import FoundLayer, describe, describe_plan, find_layers, inspect_layer, living_layers
-from .ops.backends import BACKENDS, select_backend
-from .plan import EXCLUDED, PLAN, DecodePlan, plan_of
+from .layers import FoundLayer, describe, describe_gone, describe_plan, find_layers, inspect_layer, living_layers
+from .names import BACKENDS, EXCLUDED, PLAN
+from .ops.backends import select_backend
+from .plan import DecodePlan, plan_of
 from .report import PatchReport, Status
 from .seams import upstream_classes
 
-_LENIENT = "Pass strict=False to leave such layers to upstream."
+_LENIENT = "Pass strict=False (qwen-fastdecode run: --no-strict) to leave such layers to upstream."
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 _lock = threading.RLock()
 
@@ -30,7 +31,8 @@ class _Everything(NamedTuple):
 
     backend: str
     strict: bool
-    state_dtype: torch.dtype | None
+    state_dtype: torch.dtype | None = None
+    kept: list[DecodePlan] | None = None  # every plan that was made, where layers that are gone are to be listed
 
 
 _everything: _Everything | None = None
@@ -70,7 +72,7 @@ def patch(
     with _lock:
         _check_state_dtype(state_dtype)
         if model is None:
-            return _patch_everything(_Everything(backend, strict, state_dtype))
+            return _patch_everything(_Everything(backend, strict, state_dtype, _kept()))
         layers = find_layers(model, backend, state_dtype)
         _check(model, layers, backend, strict)
         _cover(layers)
@@ -135,6 +137,8 @@ def status(model: nn.Module | None = None) -> Status:
             return Status(tuple(describe(layer, everything=everything) for layer in layers), _notes(layers))
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
+        living = {id(plan) for _, plan in plans}
+        entries += [describe_gone(plan) for plan in _kept() or () if id(plan) not in living]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
 
@@ -199,7 +203,7 @@ def _switch_everything(everything: _Everything | None) -> None:
 
 
 def _patch_everything(everything: _Everything) -> PatchReport:
-    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_default_device(everything)
     upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=True)}
     verdicts = {layer_class: review(upstream) for layer_class, upstream in upstreams.items()}
     unknown = [verdict.error for verdict in verdicts.values() if verdict.error is not None]
@@ -221,6 +225,35 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     return PatchReport(tuple(describe(layer, everything=True) for layer in layers), tuple(notes))
 
 
+def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> None:
+    """As `patch()`, for the classes of one module that was just imported: `qwen-fastdecode run` calls it.
+
+    With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
+    """
+    with _lock:
+        everything = _Everything(backend, strict, kept=_kept() or ([] if keep else None))
+        _check_default_device(everything)
+        for upstream in upstream_classes(import_missing=False):
+            if upstream.layer_class.__module__ == module:
+                error = review(upstream).error
+                if error is None:
+                    install.ensure_patched(upstream.layer_class)
+                elif strict:
+                    raise type(error)(f"{error}. {_LENIENT}") from error
+                else:
+                    warnings.warn(f"{upstream.label} stays with upstream: {error}", stacklevel=2)
+        _switch_everything(everything)
+
+
+def _kept() -> list[DecodePlan] | None:
+    return None if _everything is None else _everything.kept
+
+
+def _check_default_device(everything: _Everything) -> None:
+    """Raises what the backend raises where models are going to run."""
+    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _name(module: Any) -> str:
     return f"{type(module).__qualname__}[{module.layer_idx}]"
 
@@ -235,6 +268,8 @@ def _adopt(module: Any) -> DecodePlan | None:
         layer = inspect_layer(_name(module), module, review(upstream), _everything.backend, _everything.state_dtype)
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
+            if _everything.kept is not None:
+                _everything.kept.append(layer.plan)
             return layer.plan
         if _everything.strict:
             _refuse_problems([layer])

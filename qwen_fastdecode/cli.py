@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import PatchError, __version__, doctor, tune
-from .compare import command as compare_command
-from .compare.inputs import BadInput
+from . import __version__
+from .errors import BadInput, PatchError
 
+COMMANDS = {"compare": ".compare.command", "doctor": ".doctor", "run": ".launch", "tune": ".tune"}
 BAD_INPUT = 2
 
 
@@ -22,20 +23,26 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line; every subcommand sets `run`, a function of the parsed arguments."""
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of this command line; every subcommand sets `run`, a function of the parsed arguments.
+
+    Where `argv` names a subcommand only its module is imported: most bring torch and Transformers.
+    """
     parser = OneLineParser(prog="qwen-fastdecode", description="Fast decoding of Qwen3-Next and Qwen3.5 models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    compare_command.add_parser(subparsers)
-    tune.add_parser(subparsers)
-    doctor.add_parser(subparsers)
+    named = [command for command in COMMANDS if [command] == list(argv[:1])]
+    for command in named or COMMANDS:
+        importlib.import_module(COMMANDS[command], __package__).add_parser(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns its exit code; 2, after one line on stderr, for what the user has to change."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
+    if argv[0] == "run":  # another program: what it raises is its own
+        return int(args.run(args))
     try:
         return int(args.run(args))
     except (BadInput, PatchError) as error:

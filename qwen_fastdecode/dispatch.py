@@ -12,8 +12,9 @@ from torch import Tensor
 from .arguments import call_reader
 from .caches import DecodeStates, convert_recurrent_state
 from .eligibility import decode_states
+from .names import EXCLUDED, PLAN
 from .ops.library import decode_registered
-from .plan import EXCLUDED, PLAN, DecodePlan
+from .plan import DecodePlan
 from .reasons import Reason
 
 _PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from

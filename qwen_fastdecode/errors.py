@@ -1,4 +1,4 @@
-"""What this package raises. Everything derives from `PatchError`."""
+"""What this package raises: `PatchError` and its kin, and what the command line says of its arguments."""
 
 from __future__ import annotations
 
@@ -22,3 +22,7 @@ class UnknownUpstream(PatchError):
 
 class BackendUnavailable(PatchError):
     """The backend that was asked for cannot run here."""
+
+
+class BadInput(ValueError):
+    """The user of a command has to change something; the message is one line that says what."""

@@ -1,4 +1,4 @@
-"""Installing the dispatcher and undoing it: the only importer of wrapt.
+"""Installing the dispatcher and undoing it, and hooks on imports: the only importer of wrapt. Does not import torch.
 
 A class gets the dispatcher once, however many of its instances are patched. Hooks that kept a bound copy of the
 original forward (accelerate does) are rebound on each instance, and put back.
@@ -10,16 +10,19 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from types import MethodType
-from typing import Any
+from types import MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
 
 import wrapt
-from torch import Tensor, nn
 
-from .dispatch import make_dispatcher
-from .plan import EXCLUDED, PLAN, DecodePlan
+from .names import EXCLUDED, PLAN
 
-Forward = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .plan import DecodePlan
+
+    Forward = Callable[..., Tensor]
 
 
 class ClassPatch:
@@ -30,7 +33,7 @@ class ClassPatch:
         self.layer_class = layer_class
         self.original: Forward = original
         self.inherited = "forward" not in vars(layer_class)
-        self.dispatcher = make_dispatcher(original)
+        self.dispatcher = _dispatcher(original)
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those with a plan, or excluded
 
     def apply(self) -> None:
@@ -117,7 +120,7 @@ def touched_layers() -> list[tuple[nn.Module, type]]:
 def bypass(layer: nn.Module, layer_class: type) -> str | None:
     """Why a call of `layer` would not reach the dispatcher if its class had it; None when it would."""
     original = original_forward(layer_class)
-    ours = original, make_dispatcher(original)
+    ours = original, _dispatcher(original)
     resolved = wrapt.resolve_path(type(layer), "forward")[2]
     if resolved not in ours:
         return f"{type(layer).__qualname__} overrides forward"
@@ -127,6 +130,12 @@ def bypass(layer: nn.Module, layer_class: type) -> str | None:
     if bound is not None and getattr(bound, "__func__", None) not in ours:
         return f"its forward was replaced on the instance by {_describe(bound)}"
     return None
+
+
+def _dispatcher(original: Forward) -> Forward:
+    from .dispatch import make_dispatcher  # brings torch: `on_import` serves programs that may never need it
+
+    return make_dispatcher(original)
 
 
 def _describe(function: Any) -> str:
@@ -139,3 +148,17 @@ def reset_compiled() -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+def on_import(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Calls `act` with the module of that name once it is imported; what it raises fails the import, every time."""
+
+    def hook(module: ModuleType) -> None:
+        try:
+            act(module)
+        except BaseException:
+            sys.modules.pop(name, None)  # the failed import does it anyway, but then it is too late for the next hook
+            wrapt.register_post_import_hook(hook, name)
+            raise
+
+    wrapt.register_post_import_hook(hook, name)

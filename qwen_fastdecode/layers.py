@@ -14,8 +14,9 @@ from . import install
 from .errors import LayerNotCovered, PatchError
 from .families import FAMILIES
 from .guard import Review, State, review
+from .names import EXCLUDED, PLAN
 from .ops.backends import select_backend
-from .plan import EXCLUDED, PLAN, DecodePlan, make_plan, plan_of
+from .plan import DecodePlan, make_plan, plan_of
 from .report import LayerStatus
 from .seams import Upstream, upstream_classes
 
@@ -96,5 +97,14 @@ def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus
     """A patched layer and what its counters say."""
     device = module.A_log.device
     backend = plan.backend if device.type == "meta" else select_backend(plan.backend, device).name
+    return _counted(plan, name, backend)
+
+
+def describe_gone(plan: DecodePlan) -> LayerStatus:
+    """What the counters say of a layer that is no longer there."""
+    return _counted(plan, plan.name, plan.last_backend, reason="no longer there")
+
+
+def _counted(plan: DecodePlan, name: str, backend: str, reason: str = "") -> LayerStatus:
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    return LayerStatus(name, plan.family.name, backend, covered=True, fast_steps=plan.fast_steps, fallbacks=fallbacks)
+    return LayerStatus(name, plan.family.name, backend, True, reason, plan.fast_steps, fallbacks)

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from .families import Family, GatedNorm, HeadSizes, read_norm
+from .names import PLAN
 from .ops.backends import Backend, select_backend
 from .reasons import Reason
-
-PLAN = "_qwen_fastdecode_plan"  # the attribute of a patched layer; a plan, or EXCLUDED
-EXCLUDED = False  # `unpatch(model)` under a `patch()` of everything
 
 _counting = threading.Lock()
 
@@ -60,6 +58,11 @@ class DecodePlan:
         if backend is None:
             backend = self._backends[device] = select_backend(self.backend, device)
         return backend
+
+    @property
+    def last_backend(self) -> str:
+        """The name of the backend on the device that it met last; before its first step, the one that was asked for."""
+        return list(self._backends.values())[-1].name if self._backends else self.backend
 
     def count_fast_step(self) -> None:
         with _counting:

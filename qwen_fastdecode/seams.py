@@ -71,9 +71,10 @@ def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
     """The gated DeltaNet classes that the installed Transformers has; only those already imported, unless asked."""
     classes = {(seam.family, seam.module, seam.layer): seam.needs for seam in load_seams()}
     for (family, module, layer), needs in sorted(classes.items()):
-        if module not in sys.modules and not (import_missing and _exists(module)):
-            continue
-        imported = importlib.import_module(module)
+        if import_missing and module not in sys.modules and _exists(module):
+            importlib.import_module(module)
+        # Not import_module: it would wait for another thread that imports it, and that may wait for our lock.
+        imported = sys.modules.get(module)
         if needs is not None and not hasattr(imported, needs):
             continue
         # While `transformers.monkey_patching` is at work the name may stand for a subclass of somebody else's.

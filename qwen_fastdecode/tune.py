@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compare.inputs import BadInput, require
-from .errors import BackendUnavailable
+from .compare.inputs import require
+from .errors import BackendUnavailable, BadInput
 from .ops import tiles
 from .ops.backends import triton_unavailable
 from .ops.tiles import Row, Tile

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from qwen_fastdecode.compare.generation import Clock, ForcedTokens, Run, encode
-from qwen_fastdecode.compare.inputs import BadInput
 from qwen_fastdecode.compare.layerwise import LayerDistance
 from qwen_fastdecode.compare.memory import StepMark, _cuda_step_bytes, peak_within
 from qwen_fastdecode.compare.parity import (
@@ -24,6 +23,7 @@ from qwen_fastdecode.compare.render import as_json, number, percent, size, verdi
 from qwen_fastdecode.compare.result import Comparison, Sample, Service, Setup, Speed
 from qwen_fastdecode.compare.statistics import Spread, ratio_of_medians, step_ratios
 from qwen_fastdecode.compare.upstream import UpstreamKernels
+from qwen_fastdecode.errors import BadInput
 
 SAME_TEXT = GreedyAgreement(4, 4, None)
 OTHER_TEXT = GreedyAgreement(4, 3, 7)

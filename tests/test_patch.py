@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import qwen_fastdecode as qf
 from qwen_fastdecode import install
-from qwen_fastdecode.plan import PLAN, plan_of
+from qwen_fastdecode.names import PLAN
+from qwen_fastdecode.plan import plan_of
 from qwen_fastdecode.report import COUNTING, LayerStatus, Status
 
 NEW = 5  # tokens to generate: the first comes from the prompt's pass, the others from a decode step each

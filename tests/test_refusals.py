@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import qwen_fastdecode as qf
+from qwen_fastdecode.names import PLAN
 from qwen_fastdecode.ops import triton_backend
-from qwen_fastdecode.plan import PLAN
 
 NEW = 4
 

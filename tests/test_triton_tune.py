@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qwen_fastdecode import BackendUnavailable, tune
-from qwen_fastdecode.compare.inputs import BadInput
+from qwen_fastdecode.errors import BadInput
 from qwen_fastdecode.ops import tiles, triton_backend
 from qwen_fastdecode.ops.tiles import Tile
 from qwen_fastdecode.tune import Heads, Measured

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
-from qwen_fastdecode.ops.backends import BACKENDS
+from qwen_fastdecode.names import BACKENDS
 
 from .inputs import DTYPES, check_plot, check_writable, fill_batch, find_device, load_model, read_prompts, require
 from .result import Comparison

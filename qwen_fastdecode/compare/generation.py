@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from .inputs import BadInput
+from ..errors import BadInput
 
 Batch = dict[str, Tensor]  # what a tokenizer gives: input_ids and attention_mask, both [B, prompt length]
 

@@ -13,13 +13,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..errors import BadInput
+
 DEFAULT_PROMPTS = ("The for statement is used to iterate over the elements of",)
 DTYPES = ("float32", "bfloat16", "float16")
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-
-
-class BadInput(ValueError):
-    """The user has to change something; the message is one line that says what."""
 
 
 def require(*packages: str) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from ..names import BACKENDS
 from .torch_backend import decode_torch
-
-BACKENDS = ("auto", "triton", "torch")
 
 
 class Backend(NamedTuple):
