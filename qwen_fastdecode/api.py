@@ -140,6 +140,7 @@ def status(model: nn.Module | None = None) -> Status:
         living = {id(plan) for _, plan in plans}
         entries += [describe_gone(plan) for plan in _kept() or () if id(plan) not in living]
         notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
+        notes += _notes_on({layer_class for _, layer_class in install.touched_layers()})
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
 
 
@@ -178,6 +179,14 @@ def _refuse_problems(layers: list[FoundLayer]) -> None:
 
 def _notes(layers: list[FoundLayer]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(layer.note for layer in layers if layer.note))
+
+
+def _notes_on(layer_classes: set[type]) -> tuple[str, ...]:
+    """What is to be said about upstream's code of these classes."""
+    reviews = (review(upstream) for upstream in upstream_classes(import_missing=False))
+    return tuple(
+        verdict.detail for verdict in reviews if verdict.detail and verdict.upstream.layer_class in layer_classes
+    )
 
 
 def _cover(layers: list[FoundLayer]) -> None:

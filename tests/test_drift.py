@@ -130,6 +130,7 @@ def test_every_family_passes_the_self_test_and_can_fail_it(monkeypatch: pytest.M
     drift(monkeypatch, module, name, REMARK)
     model = build(family)
     assert "verified at run time" in "".join(qf.patch(model).notes)
+    assert "verified at run time" in "".join(qf.status().notes)
     qf.unpatch()
     drift(monkeypatch, module, "l2norm", ("+ eps", "+ 2 * eps"))
     with pytest.raises(qf.UnknownUpstream, match=rf"model\.layers\.0\.linear_attn: .*{name}\.forward, l2norm differs"):
