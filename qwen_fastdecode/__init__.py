@@ -1,7 +1,7 @@
 """Fast decoding of Qwen3-Next and Qwen3.5 in Transformers: `qwen_fastdecode.patch(model)` before `generate`."""
 
 from .api import patch, patched, status, unpatch
-from .errors import BackendUnavailable, LayerNotCovered, NothingToPatch, PatchError, UnknownUpstream
+from .errors import BackendUnavailable, LayerNotCovered, NothingToPatch, PatchError, RanksDisagree, UnknownUpstream
 from .report import LayerStatus, PatchReport, Status
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "NothingToPatch",
     "PatchError",
     "PatchReport",
+    "RanksDisagree",
     "Status",
     "UnknownUpstream",
     "patch",

@@ -21,3 +21,7 @@ class UnknownUpstream(PatchError):
 
 class BackendUnavailable(PatchError):
     """The backend that was asked for cannot run here."""
+
+
+class RanksDisagree(PatchError):
+    """The ranks of a tensor-parallel model were not patched alike: they would wait for one another for ever."""

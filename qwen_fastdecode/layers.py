@@ -27,15 +27,15 @@ class FoundLayer(NamedTuple):
     plan: DecodePlan | PatchError
 
 
-def find_layers(model: nn.Module, backend: str) -> list[FoundLayer]:
-    """Every gated DeltaNet layer in `model`, with the plan that it has if that is for `backend`, else a new one."""
+def find_layers(model: nn.Module, backend: str = "auto", head_parallel: str = "auto") -> list[FoundLayer]:
+    """Every gated DeltaNet layer in `model`, with the plan that it has if that is what is asked for, else a new one."""
     known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
     verdicts = {layer_class: review(upstream) for layer_class, upstream in known.items()}
     found = []
     for name, module in model.named_modules():
         upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
         if upstream is not None:
-            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend))
+            found.append(inspect_layer(name, module, upstream, verdicts[upstream.layer_class], backend, head_parallel))
         elif type(module).__name__.endswith("GatedDeltaNet"):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             found.append(FoundLayer(name, module, None, LayerNotCovered(f"{kind} is of no supported family")))
@@ -61,7 +61,7 @@ def review(upstream: Upstream) -> PatchError | None:
 
 
 def inspect_layer(
-    name: str, module: nn.Module, upstream: Upstream, verdict: PatchError | None, backend: str
+    name: str, module: nn.Module, upstream: Upstream, verdict: PatchError | None, backend: str, head_parallel: str
 ) -> FoundLayer:
     """What can be done with one layer whose class got this verdict from `review`."""
     if verdict is not None:
@@ -70,9 +70,9 @@ def inspect_layer(
     if detour is not None:
         return FoundLayer(name, module, upstream, LayerNotCovered(detour))
     current = plan_of(module)
-    if current is not None and current.backend == backend:
+    if current is not None and (current.backend, current.head_parallel) == (backend, head_parallel):
         return FoundLayer(name, module, upstream, current)
-    plan = make_plan(module, name, FAMILIES[upstream.family], backend)
+    plan = make_plan(module, name, FAMILIES[upstream.family], backend, head_parallel)
     return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan)
 
 
@@ -99,4 +99,13 @@ def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus
     device = module.A_log.device
     backend = plan.backend if device.type == "meta" else select_backend(plan.backend, device).name
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    return LayerStatus(name, plan.family.name, backend, covered=True, fast_steps=plan.fast_steps, fallbacks=fallbacks)
+    return LayerStatus(
+        name,
+        plan.family.name,
+        backend,
+        covered=True,
+        reason=plan.ranks,
+        fast_steps=plan.fast_steps,
+        split_steps=plan.split_steps,
+        fallbacks=fallbacks,
+    )
