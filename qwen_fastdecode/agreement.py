@@ -46,7 +46,8 @@ def exchange(ranks: Ranks, what: str, message: Any) -> list[Any]:
         store.set(f"{key}{ranks.rank}", json.dumps({"error": error}))
         raise RanksDisagree(
             f"{what}: ranks {missing} of {ranks.size} did not call it within {TIMEOUT:.0f} s of rank {ranks.rank}. "
-            "Every rank of a tensor-parallel model must; for ranks that are merely late, torch.distributed.barrier() first"
+            "Every rank of a tensor-parallel model must call it; torch.distributed.barrier() before it waits for ranks "
+            "that are merely late"
         )
     return [json.loads(store.get(f"{key}{rank}")) for rank in range(ranks.size)]
 

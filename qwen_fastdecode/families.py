@@ -41,7 +41,7 @@ class HeadSizes:
     def of(cls, layer: nn.Module, tp_size: int = 1) -> HeadSizes:
         """Reads them off a gated DeltaNet layer, whose attributes have these names in every family."""
         names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel_size")
-        return cls(*(int(getattr(layer, name)) for name in names), tp_size=tp_size)
+        return cls(tp_size=tp_size, **{name: int(getattr(layer, name)) for name in names})
 
 
 class DecodeViews(NamedTuple):

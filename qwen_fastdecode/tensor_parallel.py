@@ -28,6 +28,7 @@ STYLE = "colwise_gather_output"
 # to pay. On paper, not measured: at 128 x 128 float32 a head's state is read and written in 0.04 us at 3 TB/s; half of
 # 2,048 of them is 40 us, and a small gather between GPUs of one host costs 20 to 40 us in eager mode.
 CROSSOVER = 2048
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
 def ranks_of(layer: nn.Module, projections: Iterable[str]) -> Ranks | None:
@@ -158,7 +159,7 @@ def spoil_caches() -> None:
 def _all_gather(own: Tensor, ranks: Ranks) -> Tensor:
     """[...] of each rank to [P, ...]."""
     gathered = own.new_empty(ranks.size * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, own.contiguous(), group=ranks.group)
+    _gather_into(gathered, own.contiguous(), group=ranks.group)
     return gathered.view(ranks.size, *own.shape)
 
 
