@@ -23,8 +23,8 @@ class LayerStatus:
     covered: bool
     reason: str = ""
     fast_steps: int = 0
-    split_steps: int = 0  # of the fast ones, on this tensor-parallel rank's heads alone
     fallbacks: dict[str, int] = field(default_factory=dict)
+    split_steps: int = 0  # of the fast ones, on this tensor-parallel rank's heads alone
 
 
 @dataclass(frozen=True)
