@@ -1,10 +1,10 @@
-"""What is done with a model on one process without the patch, and on tensor-parallel ranks with it: tokens must agree."""
+"""What is done with a model: on one process unpatched, and on tensor-parallel ranks patched. Tokens must agree."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def load_ranks(folder: Any) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def say(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, new_tokens: int = 4) -> Tensor:
+def say(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor, new_tokens: int = 3) -> Tensor:
     """Prefill of `tokens` on top of the cache, then greedy steps. [B, new_tokens]"""
     said = []
     for _ in range(new_tokens):
@@ -42,12 +42,12 @@ def chat(model: PreTrainedModel, side: Side) -> Tensor:
     """`generate`, three turns on one cache."""
     cache, text = fresh(model), FIRST
     for _ in range(3):
-        text = torch.cat([generate(model, 6, text, past_key_values=cache), MORE], dim=1)
+        text = torch.cat([generate(model, 4, text, past_key_values=cache), MORE], dim=1)
     return text
 
 
 def beams(model: PreTrainedModel, side: Side) -> Tensor:
-    return generate(model, 8, FIRST, num_beams=3)
+    return generate(model, 5, FIRST, num_beams=3)
 
 
 def reset(model: PreTrainedModel, side: Side) -> Tensor:
@@ -130,12 +130,12 @@ SCENARIOS = {
 }
 
 
-def on_one_process(model: PreTrainedModel) -> dict[str, Tensor]:
+def on_one_process(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
     """Upstream's tokens, unpatched."""
-    return {name: scenario(model, lambda mode: None) for name, scenario in SCENARIOS.items()}
+    return {name: SCENARIOS[name](model, lambda mode: None) for name in names}
 
 
-def on_a_rank(model: PreTrainedModel) -> dict[str, Tensor]:
+def on_a_rank(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Tensor]:
     """The same, patched, with every step that can be split on this rank's heads alone."""
 
     def side(mode: str | None) -> None:
@@ -145,9 +145,9 @@ def on_a_rank(model: PreTrainedModel) -> dict[str, Tensor]:
             qf.patch(model, head_parallel=mode)
 
     tokens = {}
-    for name, scenario in SCENARIOS.items():
+    for name in names:
         side("on")
-        tokens[name] = scenario(model, side)
+        tokens[name] = SCENARIOS[name](model, side)
         status = qf.status(model)
         assert status.split_steps == status.fast_steps > 0, f"{name}:\n{status}"
         side(None)
