@@ -13,9 +13,8 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_tp.sh"
 
 def test_dry_run(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPT), "--dry-run", "--out", str(tmp_path), "--limit", "400"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=420
-    )
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Correctness, float32, three turns: 4 of 4 passed." in done.stdout
     results = json.loads((tmp_path / "tp.json").read_text())["results"]

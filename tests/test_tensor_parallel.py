@@ -5,6 +5,7 @@ Starting ranks takes seconds, so each test does much on the ranks that it has.
 
 from __future__ import annotations
 
+import pickle
 import sys
 import time
 from collections import Counter
@@ -75,6 +76,22 @@ class Wrapped(nn.Module):
         return self.inner.weight
 
 
+def _interrupted(model: Any) -> tuple[bool, bool, int]:
+    """Whether a marked cache refuses to be pickled, this rank's heads are whole after an exception, marks left."""
+    cache = tp_scenarios.fresh(model)
+
+    def interrupted() -> None:
+        with qf.patched(model, head_parallel="on"):
+            tp_scenarios.say(model, cache, tp_scenarios.FIRST)
+            pickle.dumps(cache)
+
+    with pytest.raises(qf.PatchError, match="this rank holds only some"):
+        interrupted()
+    rank = torch.distributed.get_rank()
+    own, other = cache.layers[0].recurrent_states[0].chunk(2, dim=1)[:: 1 - 2 * rank]
+    return not own.isnan().any(), bool(other.isnan().all()), sum(1 for _ in marked_layers())
+
+
 def _counts(rank: int, divided: Path, undivided: Path) -> dict[str, Any]:
     """Collectives and bytes of one layer's step, by what was done to the model."""
     sys.path.insert(0, BENCHMARKS)
@@ -90,6 +107,7 @@ def _counts(rank: int, divided: Path, undivided: Path) -> dict[str, Any]:
         qf.unpatch(model)
 
     model = load_ranks(divided)
+    found["spoilt"] = _interrupted(model)
     for mode in (None, "off", "on", "auto"):
         count(f"{mode}", model, mode)
     count("prefill", model, "on", new_tokens=3)
@@ -118,6 +136,7 @@ def test_collectives_and_what_keeps_heads_together(tmp_path: Path) -> None:
     states = 2 * key * 4 + value * 4 + HV * 16 * 16  # of the taps and of the recurrent state
     prefill = 3 * (projections + out)
     for found in on_ranks(2, _counts, folder, odd):
+        assert found["spoilt"] == (True, True, 0)
         for name, gathers, features, split in (
             ("None", 3, projections + out, 0),
             ("off", 3, projections + out, 0),
