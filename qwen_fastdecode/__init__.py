@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import BackendUnavailable, LayerNotCovered, NothingToPatch, PatchError, UnknownUpstream
+from .errors import BackendUnavailable, LayerNotCovered, NothingToPatch, PatchError, RanksDisagree, UnknownUpstream
 from .report import LayerStatus, PatchReport, Status
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "NothingToPatch",
     "PatchError",
     "PatchReport",
+    "RanksDisagree",
     "Status",
     "UnknownUpstream",
     "ops",

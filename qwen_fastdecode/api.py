@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from . import dispatch, install
+from .agreement import Ranks, agreement
 from .errors import NothingToPatch, PatchError
+from .families import FAMILIES
 from .guard import State, review
 from .layers import FoundLayer, describe, describe_gone, describe_plan, find_layers, inspect_layer, living_layers
 from .names import BACKENDS, EXCLUDED, PLAN
 from .ops.backends import select_backend
-from .plan import DecodePlan, plan_of
+from .plan import DecodePlan, Settings, plan_of
 from .report import PatchReport, Status
 from .seams import upstream_classes
+from .tensor_parallel import HEAD_PARALLEL, complete_caches, ranks_of, spoil_caches
 
 _LENIENT = "Pass strict=False (qwen-fastdecode run: --no-strict) to leave such layers to upstream."
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
@@ -27,11 +30,10 @@ _lock = threading.RLock()
 
 
 class _Everything(NamedTuple):
-    """The arguments of the `patch()` of everything that is on."""
+    """What the `patch()` of everything that is on was asked for."""
 
-    backend: str
+    settings: Settings
     strict: bool
-    state_dtype: torch.dtype | None = None
     kept: list[DecodePlan] | None = None  # every plan that was made, where layers that are gone are to be listed
 
 
@@ -44,6 +46,7 @@ def patch(
     backend: str = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
+    head_parallel: str = "auto",
 ) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
 
@@ -57,6 +60,9 @@ def patch(
         state_dtype: torch.bfloat16 keeps the recurrent states in the cache in bfloat16 from the prompt's end on, for
             half their memory and traffic, at a cost in quality (README, "Same text?"). None: as upstream made them.
             torch.float32 is the other choice. Inside torch.compile a state keeps the dtype that it has.
+        head_parallel: of a tensor-parallel model, whether each rank runs only its own heads ("on"), all of them as
+            upstream does ("off"), or its own where that costs no more gathers or the batch is large ("auto").
+            Every rank must patch, and unpatch, alike.
 
     Returns:
         A report with one entry a layer; `print` it.
@@ -67,14 +73,19 @@ def patch(
         UnknownUpstream: Transformers' own code is not a version that was reviewed and does not pass the self-test, or
             somebody else's patch lies over it.
         BackendUnavailable: `backend` cannot run on the layers' device.
-        ValueError: there is no such backend, or a state cannot have that dtype.
+        ValueError: there is no such backend or head_parallel, or a state cannot have that dtype.
+        RanksDisagree: another rank of a tensor-parallel model was patched otherwise, failed, or did not come in time.
     """
+    settings = Settings(backend, state_dtype, head_parallel)
+    _check_settings(settings)
     with _lock:
-        _check_state_dtype(state_dtype)
         if model is None:
-            return _patch_everything(_Everything(backend, strict, state_dtype, _kept()))
-        layers = find_layers(model, backend, state_dtype)
-        _check(model, layers, backend, strict)
+            return _patch_everything(_Everything(settings, strict, _kept()))
+        layers = find_layers(model, settings)
+        with agreement(_ranks(layers), _shared(layers, settings)):
+            _check(model, layers, backend, strict)
+        if head_parallel == "off":
+            _make_caches_whole(model)
         _cover(layers)
         entries = tuple(describe(layer, everything=_everything is not None) for layer in layers)
         return PatchReport(entries, _notes(layers))
@@ -83,15 +94,18 @@ def patch(
 def unpatch(model: nn.Module | None = None) -> None:
     """Puts back the very objects that were there: in `model`, or, with None, everywhere.
 
-    While a `patch()` of everything is on, `unpatch(model)` excludes this model from it.
+    While a `patch()` of everything is on, `unpatch(model)` excludes this model from it. Of a tensor-parallel model,
+    caches that were decoded with split heads are made whole first, by all ranks together: RanksDisagree if one does
+    not come.
     """
     with _lock:
+        _make_caches_whole(model)
         if model is None:
             _switch_everything(None)
             for module, layer_class in install.touched_layers():
                 install.clear_plan(module, layer_class)
         else:
-            for layer in find_layers(model, "auto"):
+            for layer in find_layers(model):
                 if layer.upstream is not None and _everything is not None:
                     install.set_plan(layer.module, layer.upstream.layer_class, EXCLUDED)
                 elif layer.upstream is not None:
@@ -106,14 +120,19 @@ def patched(
     backend: str = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
+    head_parallel: str = "auto",
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a with block; what was patched before stays as it was. Yields the report."""
     with _lock:
         everything = _everything
         before = {module: vars(module)[PLAN] for module, _ in install.touched_layers()}
-        report = patch(model, backend=backend, strict=strict, state_dtype=state_dtype)
+        report = patch(model, backend=backend, strict=strict, state_dtype=state_dtype, head_parallel=head_parallel)
     try:
         yield report
+        _make_caches_whole(model)
+    except BaseException:  # the other ranks may not have one, and would not come
+        spoil_caches()
+        raise
     finally:
         with _lock:
             _switch_everything(everything)
@@ -133,28 +152,32 @@ def status(model: nn.Module | None = None) -> Status:
     with _lock:
         everything = _everything is not None
         if model is not None:
-            layers = find_layers(model, "auto")
+            layers = find_layers(model)
             return Status(tuple(describe(layer, everything=everything) for layer in layers), _notes(layers))
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
         living = {id(plan) for _, plan in plans}
         entries += [describe_gone(plan) for plan in _kept() or () if id(plan) not in living]
-        notes = ("patch() of everything is on: a layer is listed from its first use.",) if everything else ()
+        notes = ["patch() of everything is on: a layer is listed from its first use."] if everything else []
         notes += _notes_on({layer_class for _, layer_class in install.touched_layers()})
-        return Status(tuple(sorted(entries, key=lambda entry: entry.name)), notes)
+        return Status(tuple(sorted(entries, key=lambda entry: entry.name)), tuple(notes))
 
 
-def _check_state_dtype(state_dtype: torch.dtype | None) -> None:
-    if state_dtype not in _STATE_DTYPES:
+def _check_settings(settings: Settings) -> None:
+    """Raises ValueError for what no layer can have. (What cannot run raises later.)"""
+    for name, choices in {"backend": BACKENDS, "head_parallel": HEAD_PARALLEL}.items():
+        value = getattr(settings, name)
+        if value not in choices:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    if settings.state_dtype not in _STATE_DTYPES:
         raise ValueError(
-            f"state_dtype: got {state_dtype!r}, expected torch.bfloat16, torch.float32 or None (as upstream has it)"
+            f"state_dtype: got {settings.state_dtype!r}, expected torch.bfloat16, torch.float32 or None (as upstream "
+            "has it)"
         )
 
 
 def _check(model: nn.Module, layers: list[FoundLayer], backend: str, strict: bool) -> None:
     """Raises what `patch` is to raise, before anything was changed."""
-    if backend not in BACKENDS:  # whatever the model has
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     for device in {layer.module.A_log.device for layer in layers if isinstance(layer.plan, DecodePlan)}:
         if device.type != "meta":
             select_backend(backend, device)
@@ -181,12 +204,34 @@ def _notes(layers: list[FoundLayer]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(layer.note for layer in layers if layer.note))
 
 
-def _notes_on(layer_classes: set[type]) -> tuple[str, ...]:
+def _notes_on(layer_classes: set[type]) -> list[str]:
     """What is to be said about upstream's code of these classes."""
-    reviews = (review(upstream) for upstream in upstream_classes(import_missing=False))
-    return tuple(
-        verdict.detail for verdict in reviews if verdict.detail and verdict.upstream.layer_class in layer_classes
+    upstreams = (
+        upstream for upstream in upstream_classes(import_missing=False) if upstream.layer_class in layer_classes
     )
+    return [detail for detail in (review(upstream).detail for upstream in upstreams) if detail]
+
+
+def _ranks(layers: list[FoundLayer]) -> set[Ranks]:
+    """The groups of ranks over which layers are sharded."""
+    families = [(layer.module, FAMILIES[layer.upstream.family]) for layer in layers if layer.upstream is not None]
+    found = (ranks_of(module, family.projections) for module, family in families)
+    return {ranks for ranks in found if ranks is not None}
+
+
+def _shared(layers: list[FoundLayer], settings: Settings) -> dict[str, Any]:
+    """What every rank must patch alike, as JSON has it."""
+    covered = [layer.name for layer in layers if isinstance(layer.plan, DecodePlan)]
+    return {**settings._asdict(), "state_dtype": str(settings.state_dtype), "covered layers": covered}
+
+
+def _make_caches_whole(model: nn.Module | None) -> None:
+    """Before plans that split heads are taken away."""
+    scope = None if model is None else set(model.modules())
+    planned = [layer for layer, _ in install.planned_layers() if scope is None or layer in scope]
+    splits = [plan.split for plan in map(plan_of, planned) if plan is not None and plan.split is not None]
+    for ranks in {split.ranks for split in splits}:
+        complete_caches(ranks)
 
 
 def _cover(layers: list[FoundLayer]) -> None:
@@ -219,11 +264,14 @@ def _patch_everything(everything: _Everything) -> PatchReport:
     if unknown and everything.strict:
         raise type(unknown[0])(f"{unknown[0]}. {_LENIENT}") from unknown[0]
     layers = [
-        inspect_layer(_name(module), module, verdicts[upstream.layer_class], everything.backend, everything.state_dtype)
+        inspect_layer(_name(module), module, verdicts[upstream.layer_class], everything.settings)
         for module, upstream in living_layers(upstreams)
     ]
-    if everything.strict:
-        _refuse_problems(layers)
+    with agreement(_ranks(layers), _shared(layers, everything.settings)):
+        if everything.strict:
+            _refuse_problems(layers)
+    if everything.settings.head_parallel == "off":
+        _make_caches_whole(None)
     for layer_class, verdict in verdicts.items():
         if verdict.state is not State.REFUSED:
             install.ensure_patched(layer_class)
@@ -240,7 +288,7 @@ def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> No
     With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
     """
     with _lock:
-        everything = _Everything(backend, strict, kept=_kept() or ([] if keep else None))
+        everything = _Everything(Settings(backend), strict, _kept() or ([] if keep else None))
         _check_default_device(everything)
         for upstream in upstream_classes(import_missing=False):
             if upstream.layer_class.__module__ == module:
@@ -260,7 +308,7 @@ def _kept() -> list[DecodePlan] | None:
 
 def _check_default_device(everything: _Everything) -> None:
     """Raises what the backend raises where models are going to run."""
-    select_backend(everything.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    select_backend(everything.settings.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _name(module: Any) -> str:
@@ -274,14 +322,15 @@ def _adopt(module: Any) -> DecodePlan | None:
             return None
         upstreams = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
         upstream = next(upstreams[base] for base in type(module).__mro__ if base in upstreams)
-        layer = inspect_layer(_name(module), module, review(upstream), _everything.backend, _everything.state_dtype)
+        layer = inspect_layer(_name(module), module, review(upstream), _everything.settings)
+        with agreement(_ranks([layer]), _shared([layer], _everything.settings)):
+            if _everything.strict:
+                _refuse_problems([layer])
         if isinstance(layer.plan, DecodePlan):
             install.set_plan(module, upstream.layer_class, layer.plan)
             if _everything.kept is not None:
                 _everything.kept.append(layer.plan)
             return layer.plan
-        if _everything.strict:
-            _refuse_problems([layer])
         install.set_plan(module, upstream.layer_class, EXCLUDED)
         warnings.warn(f"{layer.name} stays with upstream: {layer.plan}", stacklevel=4)
         return None

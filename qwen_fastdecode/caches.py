@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -10,12 +13,15 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from .errors import PatchError
 from .reasons import Reason
 
 _Cache: Any = cache_utils.Cache
 _Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
 # Up to 5.4 each family has a cache of its own, with one list of conv states and one of recurrent states.
 _OF_LISTS = ("Qwen3NextDynamicCache", "Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")
+_PARTIAL = "_qwen_fastdecode_partial"  # the attribute of a marked cache layer
+_serials = itertools.count()
 
 
 class DecodeStates(NamedTuple):
@@ -35,14 +41,20 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     if not isinstance(cache, _Cache) or not _updates_in_place(cache, layer_idx):
         return Reason.UNKNOWN_CACHE
     layer: Any = cache.layers[layer_idx]
-    conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
-    if isinstance(has_past, dict):  # 5.14 on: several states a layer; gated DeltaNet uses the first
-        conv, recurrent, has_past = conv[0], recurrent[0], has_past[0]
-    if not has_past or conv is None or recurrent is None:
+    states = stored_states(layer)
+    if states is None:
         return Reason.NO_PREVIOUS_STATE
     if getattr(layer, "record_past", False):  # 5.14 on
         return Reason.RECORDING_PAST
-    return DecodeStates(conv, recurrent)
+    return states
+
+
+def stored_states(layer: Any) -> DecodeStates | None:
+    """The states of one cache layer, None where they hold no past."""
+    conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
+    if isinstance(has_past, dict):  # 5.14 on: several states a layer; gated DeltaNet uses the first
+        conv, recurrent, has_past = conv[0], recurrent[0], has_past[0]
+    return None if not has_past or conv is None or recurrent is None else DecodeStates(conv, recurrent)
 
 
 def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> Tensor:
@@ -115,3 +127,49 @@ def _updates_in_place(cache: Any, layer_idx: int) -> bool:
         and layer_class.update_conv_state is _Layer.update_conv_state
         and layer_class.update_recurrent_state is _Layer.update_recurrent_state
     )
+
+
+class Partial:
+    """The mark of a cache layer whose states are right for some heads only: `split` knows which, and gets the others.
+
+    It lies on the cache layer, not on its tensors: beam search replaces those and keeps the layer. A deep copy of a
+    cache copies stale tensors and so is marked too. Serials are the same on every rank: all do the same things.
+    """
+
+    def __init__(self, split: Any):
+        self.split = split
+        self.serial = next(_serials)
+
+    @staticmethod
+    def of(layer: Any) -> Partial | None:
+        """The mark of a cache layer."""
+        return vars(layer).get(_PARTIAL)
+
+    @staticmethod
+    def put(layer: Any, split: Any) -> None:
+        """Marks a cache layer unless it is."""
+        if _PARTIAL not in vars(layer):
+            setattr(layer, _PARTIAL, Partial(split))
+
+    @staticmethod
+    def remove(layer: Any) -> None:
+        """The layer is whole, or holds nothing."""
+        vars(layer).pop(_PARTIAL, None)
+
+    def __deepcopy__(self, _: Any) -> Partial:
+        return Partial(self.split)
+
+    def __reduce__(self) -> Any:
+        raise PatchError(
+            "this cache was decoded with its heads split over tensor-parallel ranks, and this rank holds only some of "
+            "them: qwen_fastdecode.unpatch(model) on every rank makes it whole"
+        )
+
+
+def marked_layers() -> Iterator[tuple[Any, Partial]]:
+    """Every living cache layer with a mark."""
+    for thing in gc.get_objects():
+        if _Layer is not None and issubclass(type(thing), _Layer):
+            mark = Partial.of(thing)
+            if mark is not None:
+                yield thing, mark

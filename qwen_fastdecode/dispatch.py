@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .arguments import call_reader
-from .caches import DecodeStates, convert_recurrent_state
+from .caches import DecodeStates, Partial, convert_recurrent_state
 from .eligibility import decode_states
 from .names import EXCLUDED, PLAN
 from .ops.library import decode_registered
 from .plan import DecodePlan
 from .reasons import Reason
+from .tensor_parallel import HeadSplit, complete
 
 _PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from
 
@@ -39,15 +40,24 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(self, hidden_states, *args, **kwargs)
         states = decode_states(plan, self, hidden_states, call)
         if isinstance(states, Reason):
+            if plan.split is not None:
+                complete(call.cache, self.layer_idx)  # upstream reads every head's states
             if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
                 plan.count_fallback(states)
             out = original(self, hidden_states, *args, **kwargs)
-            if plan.state_dtype is not None and states in _PROMPT:
+            if plan.settings.state_dtype is not None and states in _PROMPT:
                 next_states = decode_states(plan, self, hidden_states[:, -1:], call._replace(attention_mask=None))
                 if not isinstance(next_states, Reason):
                     _convert(plan, self, call.cache, next_states)
             return out
-        return decode_step(plan, self, hidden_states, _convert(plan, self, call.cache, states))
+        states = _convert(plan, self, call.cache, states)
+        split = plan.split
+        if split is not None and split.serves(hidden_states.shape[0]):
+            Partial.put(call.cache.layers[self.layer_idx], split)
+            return split_step(plan, split, self, hidden_states, states)
+        if split is not None:
+            complete(call.cache, self.layer_idx)
+        return decode_step(plan, self, hidden_states, states)
 
     return forward
 
@@ -58,9 +68,9 @@ def _convert(plan: DecodePlan, layer: Any, cache: Any, states: DecodeStates) -> 
     Not while compiling: a captured graph must not own a tensor that outlives it. A step that is compiled therefore
     takes the state as it is, which an eager prompt's pass has converted (`generate` does not compile that one).
     """
-    if plan.state_dtype in (None, states.recurrent.dtype) or torch.compiler.is_compiling():
+    if plan.settings.state_dtype in (None, states.recurrent.dtype) or torch.compiler.is_compiling():
         return states
-    return states._replace(recurrent=convert_recurrent_state(cache, layer.layer_idx, plan.state_dtype))
+    return states._replace(recurrent=convert_recurrent_state(cache, layer.layer_idx, plan.settings.state_dtype))
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it
@@ -76,8 +86,17 @@ def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: Dec
     views = plan.family.project(layer, hidden_states, plan.sizes)
     weights = plan.family.weights(layer)
     if torch.compiler.is_compiling():
-        out = decode_registered(*views, *states, *weights, backend=plan.backend, **plan.options)
+        out = decode_registered(*views, *states, *weights, backend=plan.settings.backend, **plan.options)
     else:
         out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.options)
-        plan.count_fast_step()
+        plan.count_fast_step(split=False)
     return plan.family.project_out(layer, out)
+
+
+def split_step(plan: DecodePlan, split: HeadSplit, layer: Any, hidden_states: Tensor, states: DecodeStates) -> Tensor:
+    """`decode_step` on this tensor-parallel rank's heads: only their states are updated, and their outputs gathered."""
+    views = split.project(layer, hidden_states)
+    weights = plan.family.weights(layer)
+    out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.rank_options)
+    plan.count_fast_step(split=True)
+    return plan.family.project_out(layer, split.gather(out))

@@ -24,5 +24,9 @@ class BackendUnavailable(PatchError):
     """The backend that was asked for cannot run here."""
 
 
+class RanksDisagree(PatchError):
+    """The ranks of a tensor-parallel model were not patched alike: they would wait for one another for ever."""
+
+
 class BadInput(ValueError):
     """The user of a command has to change something; the message is one line that says what."""

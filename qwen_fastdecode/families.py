@@ -38,10 +38,10 @@ class HeadSizes:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, layer: nn.Module) -> HeadSizes:
+    def of(cls, layer: nn.Module, tp_size: int = 1) -> HeadSizes:
         """Reads them off a gated DeltaNet layer, whose attributes have these names in every family."""
         names = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel_size")
-        return cls(*(int(getattr(layer, name)) for name in names))
+        return cls(tp_size=tp_size, **{name: int(getattr(layer, name)) for name in names})
 
 
 class DecodeViews(NamedTuple):
@@ -68,6 +68,7 @@ class Family:
 
     projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
     project: calls them, as modules (layer, hidden_states [B, 1, hidden size], sizes).
+    rows_are_heads: the projections of which an n-th of the rows are an n-th of the heads.
     norm, out_proj: the names of the gated norm and of the output projection.
     beta_scale: what a layer multiplies beta by.
     """
@@ -75,6 +76,7 @@ class Family:
     name: str
     projections: Mapping[str, str]
     project: Callable[[Any, Tensor, HeadSizes], DecodeViews]
+    rows_are_heads: tuple[str, ...] = ()
     norm: str = "norm"
     out_proj: str = "out_proj"
     beta_scale: Callable[[Any], float] = lambda layer: 1.0
@@ -106,12 +108,12 @@ class Family:
 
 def project_grouped(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
     """qwen3_next: the features of one key head lie together, [q | k | v of its R heads | z of its R heads]."""
-    B, HK, R, DK, DV = hidden_states.shape[0], s.num_k_heads, s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
-    qkvz = layer.in_proj_qkvz(hidden_states).view(B, HK, 2 * DK + 2 * R * DV)
-    ba = layer.in_proj_ba(hidden_states).view(B, HK, 2, R)
+    B, R, DK, DV = hidden_states.shape[0], s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
+    qkvz = layer.in_proj_qkvz(hidden_states).view(B, -1, 2 * DK + 2 * R * DV)  # HK heads, or those of a rank
+    ba = layer.in_proj_ba(hidden_states).view(B, -1, 2, R)
     q, k, v, z = qkvz.split((DK, DK, R * DV, R * DV), dim=2)
     b, a = ba.unbind(2)
-    return DecodeViews(q, k, v.view(B, HK, R, DV), z.view(B, HK, R, DV), b, a)
+    return DecodeViews(q, k, v.unflatten(2, (R, DV)), z.unflatten(2, (R, DV)), b, a)
 
 
 def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
@@ -123,9 +125,9 @@ def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeView
         q.view(B, HK, DK),
         k.view(B, HK, DK),
         v.view(B, HK, R, DV),
-        layer.in_proj_z(hidden_states).view(B, HK, R, DV),
-        layer.in_proj_b(hidden_states).view(B, HK, R),
-        layer.in_proj_a(hidden_states).view(B, HK, R),
+        layer.in_proj_z(hidden_states).view(B, -1, R, DV),  # HK heads, or those of a rank
+        layer.in_proj_b(hidden_states).view(B, -1, R),
+        layer.in_proj_a(hidden_states).view(B, -1, R),
     )
 
 
@@ -147,8 +149,16 @@ def _two_where_negative(layer: Any) -> float:
     return 2.0 if layer.allow_neg_eigval else 1.0
 
 
-_GROUPED = ({"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"}, project_grouped)
-_SPLIT = ({"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"}, project_split)
+_GROUPED = (
+    {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"},
+    project_grouped,
+    ("in_proj_qkvz", "in_proj_ba"),
+)
+_SPLIT = (
+    {"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"},
+    project_split,
+    ("in_proj_z", "in_proj_b", "in_proj_a"),
+)
 _APART = (
     {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
     project_apart,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from . import install
@@ -16,7 +15,7 @@ from .families import FAMILIES
 from .guard import Review, State, review
 from .names import EXCLUDED, PLAN
 from .ops.backends import select_backend
-from .plan import DecodePlan, make_plan, plan_of
+from .plan import AS_IS, DecodePlan, Settings, make_plan, plan_of
 from .report import LayerStatus
 from .seams import Upstream, upstream_classes
 
@@ -34,14 +33,14 @@ class FoundLayer(NamedTuple):
     note: str = ""
 
 
-def find_layers(model: nn.Module, backend: str, state_dtype: torch.dtype | None = None) -> list[FoundLayer]:
-    """Every gated DeltaNet layer in `model`, with the plan that it has if that is the one asked for, else a new one."""
+def find_layers(model: nn.Module, settings: Settings = AS_IS) -> list[FoundLayer]:
+    """Every gated DeltaNet layer in `model`, with the plan that it has if that is what is asked for, else a new one."""
     known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
     found = []
     for name, module in model.named_modules():
         upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
         if upstream is not None:
-            found.append(inspect_layer(name, module, review(upstream), backend, state_dtype))
+            found.append(inspect_layer(name, module, review(upstream), settings))
         elif type(module).__name__.endswith("GatedDeltaNet"):
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             found.append(FoundLayer(name, module, None, LayerNotCovered(f"{kind} is of no supported family")))
@@ -57,9 +56,7 @@ def living_layers(upstreams: dict[type, Upstream]) -> Iterator[tuple[nn.Module, 
                 yield thing, upstreams[base]
 
 
-def inspect_layer(
-    name: str, module: nn.Module, verdict: Review, backend: str, state_dtype: torch.dtype | None = None
-) -> FoundLayer:
+def inspect_layer(name: str, module: nn.Module, verdict: Review, settings: Settings) -> FoundLayer:
     """What can be done with one layer whose class got this verdict."""
     upstream, error = verdict.upstream, verdict.error
     if error is not None:
@@ -69,9 +66,9 @@ def inspect_layer(
     if detour is not None:
         return FoundLayer(name, module, upstream, LayerNotCovered(detour))
     current = plan_of(module)
-    if current is not None and (current.backend, current.state_dtype) == (backend, state_dtype):
+    if current is not None and current.settings == settings:
         return FoundLayer(name, module, upstream, current, note)
-    plan = make_plan(module, name, FAMILIES[upstream.family], backend, state_dtype)
+    plan = make_plan(module, name, FAMILIES[upstream.family], settings)
     return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan, note)
 
 
@@ -89,14 +86,14 @@ def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:
     if vars(layer.module).get(PLAN) is EXCLUDED:  # None: the copy of a patched layer
         return replace(status, reason="excluded")
     if everything:
-        return replace(status, backend=layer.plan.backend, covered=True, reason="from its first use")
+        return replace(status, backend=layer.plan.settings.backend, covered=True, reason="from its first use")
     return replace(status, reason="not patched")
 
 
 def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus:
     """A patched layer and what its counters say."""
     device = module.A_log.device
-    backend = plan.backend if device.type == "meta" else select_backend(plan.backend, device).name
+    backend = plan.settings.backend if device.type == "meta" else select_backend(plan.settings.backend, device).name
     return _counted(plan, name, backend)
 
 
@@ -107,4 +104,14 @@ def describe_gone(plan: DecodePlan) -> LayerStatus:
 
 def _counted(plan: DecodePlan, name: str, backend: str, reason: str = "") -> LayerStatus:
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    return LayerStatus(name, plan.family.name, backend, True, reason, plan.fast_steps, fallbacks)
+    ranks = "; ".join(filter(None, (plan.ranks, reason)))
+    return LayerStatus(
+        name,
+        plan.family.name,
+        backend,
+        covered=True,
+        reason=ranks,
+        fast_steps=plan.fast_steps,
+        split_steps=plan.split_steps,
+        fallbacks=fallbacks,
+    )

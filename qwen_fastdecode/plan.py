@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +13,20 @@ from .families import Family, GatedNorm, HeadSizes, read_norm
 from .names import PLAN
 from .ops.backends import Backend, select_backend
 from .reasons import Reason
+from .tensor_parallel import HeadSplit, ranks_of, split_heads
 
 _counting = threading.Lock()
+
+
+class Settings(NamedTuple):
+    """What `patch` was asked for, of every layer alike; its docstring says what each means."""
+
+    backend: str = "auto"
+    state_dtype: torch.dtype | None = None
+    head_parallel: str = "auto"
+
+
+AS_IS = Settings()
 
 
 class DecodePlan:
@@ -28,27 +40,30 @@ class DecodePlan:
         norm: GatedNorm,
         norm_class: type[Any],
         beta_scale: float,
-        backend: str,
-        state_dtype: torch.dtype | None,
+        settings: Settings,
+        split: HeadSplit | str,
     ):
         self.name = name
         self.family = family
         self.sizes = sizes
         self.norm_class = norm_class
-        self.backend = backend  # as asked for: "auto", "triton" or "torch"
-        self.state_dtype = state_dtype  # of the recurrent state; None: whatever it has
-        self.heads = (0, sizes.num_v_heads)
-        self.options: dict[str, Any] = {  # of the op
+        self.settings = settings
+        self.split = split if isinstance(split, HeadSplit) else None
+        self.ranks = str(split)  # which heads this rank runs, or why all of them; empty without tensor parallelism
+        self.heads = (0, sizes.num_v_heads) if self.split is None else self.split.heads  # of this rank
+        self.options: dict[str, Any] = {  # of the op, on all heads
             "eps": norm.eps,
             "gate": norm.gate,
             "beta_scale": beta_scale,
             "cu_seqlens": None,
-            "heads": self.heads,
+            "heads": (0, sizes.num_v_heads),
         }
+        self.rank_options = self.options | {"heads": self.heads}
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
         self.recurrent_strides = (sizes.head_k_dim * sizes.head_v_dim, sizes.head_v_dim, 1)  # of a sequence
         self.fast_steps = 0
+        self.split_steps = 0  # of those, on this rank's heads alone
         self.fallbacks: Counter[Reason] = Counter()
         self._backends: dict[torch.device, Backend] = {}
 
@@ -56,17 +71,18 @@ class DecodePlan:
         """The implementation that serves this layer on `device`: models move after they were patched."""
         backend = self._backends.get(device)
         if backend is None:
-            backend = self._backends[device] = select_backend(self.backend, device)
+            backend = self._backends[device] = select_backend(self.settings.backend, device)
         return backend
 
     @property
     def last_backend(self) -> str:
         """The name of the backend on the device that it met last; before its first step, the one that was asked for."""
-        return list(self._backends.values())[-1].name if self._backends else self.backend
+        return list(self._backends.values())[-1].name if self._backends else self.settings.backend
 
-    def count_fast_step(self) -> None:
+    def count_fast_step(self, *, split: bool) -> None:
         with _counting:
             self.fast_steps += 1
+            self.split_steps += split
 
     def count_fallback(self, reason: Reason) -> None:
         with _counting:
@@ -77,15 +93,16 @@ class DecodePlan:
         return type(None), ()
 
 
-def make_plan(
-    layer: Any, name: str, family: Family, backend: str, state_dtype: torch.dtype | None = None
-) -> DecodePlan | str:
+def make_plan(layer: Any, name: str, family: Family, settings: Settings) -> DecodePlan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
     missing = family.missing_parts(layer)
     if missing:
         return f"it has no {', '.join(missing)}"
+    ranks = ranks_of(layer, family.projections)
     sizes = HeadSizes.of(layer)
     conv1d, norm_module = family.read_modules(layer)
+    if ranks is not None and sizes.num_k_heads % ranks.size == 0:
+        sizes = HeadSizes.of(layer, ranks.size)
     norm = read_norm(norm_module)
     if norm is None:
         return f"its {family.norm}, {type(norm_module).__name__}, is not a gated RMSNorm that was reviewed"
@@ -104,7 +121,8 @@ def make_plan(
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), backend, state_dtype)
+    split = "" if ranks is None else split_heads(layer, family, sizes, ranks, settings.head_parallel)
+    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), settings, split)
 
 
 def plan_of(layer: nn.Module) -> DecodePlan | None:

@@ -24,6 +24,7 @@ class LayerStatus:
     reason: str = ""
     fast_steps: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
+    split_steps: int = 0  # of the fast ones, on this tensor-parallel rank's heads alone
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Status:
     def fast_steps(self) -> int:
         """Layer-steps served by the fast path (each layer counts each decode step)."""
         return sum(layer.fast_steps for layer in self.layers)
+
+    @property
+    def split_steps(self) -> int:
+        """Of `fast_steps`, those on this tensor-parallel rank's heads alone."""
+        return sum(layer.split_steps for layer in self.layers)
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -64,6 +70,8 @@ class Status:
                 "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
                 for row in rows
             ]
+        if self.split_steps:
+            lines.append(f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
         lines += [f"fallback: {reason}: {count}" for reason, count in sorted(self.fallbacks.items())]
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
         return "\n".join([*lines, *dict.fromkeys([*long, *self.notes]), COUNTING])

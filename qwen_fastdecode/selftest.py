@@ -22,7 +22,7 @@ from .caches import DecodeStates, new_cache, read_states
 from .dispatch import decode_step
 from .eligibility import states_fit
 from .families import FAMILIES
-from .plan import DecodePlan, make_plan
+from .plan import DecodePlan, Settings, make_plan
 from .reasons import Reason
 from .seams import Upstream, unwrap
 
@@ -114,7 +114,7 @@ def _compare(upstream: Upstream, forward: Forward, dtype: torch.dtype) -> float:
     with _doing("a small layer cannot be built"):
         layer, theirs = _build(upstream, dtype, random)
     with _doing("its parts cannot be read"):
-        plan = make_plan(layer, "self-test", FAMILIES[upstream.family], "torch")
+        plan = make_plan(layer, "self-test", FAMILIES[upstream.family], Settings(backend="torch"))
     if isinstance(plan, str):
         raise _Failed(plan)
     hidden_states = _hidden_states(random).to(layer.A_log.device, dtype)

@@ -13,6 +13,7 @@ from op_cases import Case, bits
 from tolerances import FLOAT32_EXTREME_GATES
 
 from qwen_fastdecode.ops import gated_delta_decode, torch_backend
+from qwen_fastdecode.ops.reference import decode_reference
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 FAMILIES = ("qwen3_next", "qwen3_5")
@@ -143,6 +144,20 @@ def test_tokens_one_by_one_or_together() -> None:
 def test_head_range(T: int, family: str, heads: tuple[int, int]) -> None:
     """Along the borders of key heads and across them."""
     Case(R=3, heads=heads, T=T, family=family, state_dtype=BF16).check(decode)
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (0, 1), (5, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("side", ["torch", "reference"])
+def test_views_of_the_range_alone(side: str, T: int, heads: tuple[int, int]) -> None:
+    """A rank's own projections: the key heads that its value heads read, and no others."""
+    run = decode if side == "torch" else decode_reference
+    whole, own = (Case(HK=3, R=3, heads=heads, T=T) for _ in range(2))
+    low, high = heads[0] // 3, (sum(heads) - 1) // 3 + 1
+    tensors = [x[:, low:high] if name in "qkvzba" else x for name, x in own.tensors.items()]
+    assert torch.equal(run(*tensors, **own.options()), whole.run(run))
+    for state in ("conv_state", "recurrent_state"):
+        assert torch.equal(own[state], whole[state])
 
 
 def test_head_ranges_side_by_side_are_the_whole() -> None:

@@ -95,7 +95,7 @@ def test_another_backend_is_another_plan() -> None:
     before = qf.patch(model), plans(model)
     qf.patch(model, backend="torch")
     assert not set(before[1]) & set(plans(model))
-    assert [plan.backend for plan in plans(model)] == ["torch"] * LINEAR
+    assert [plan.settings.backend for plan in plans(model)] == ["torch"] * LINEAR
 
 
 def test_patched_nests() -> None:
@@ -119,7 +119,7 @@ def test_patched_leaves_an_outer_patch_on() -> None:
     qf.patch(model, backend="torch")
     before = plans(model)
     with qf.patched():
-        assert [plan.backend for plan in plans(other)] == ["auto"] * LINEAR
+        assert [plan.settings.backend for plan in plans(other)] == ["auto"] * LINEAR
     assert plans(model) == before
     assert plans(other) == [None] * LINEAR
     later = build(seed=2)

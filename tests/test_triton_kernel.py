@@ -81,6 +81,16 @@ def test_head_range(heads: tuple[int, int], T: int) -> None:
     Step(R=3, heads=heads, T=T, dtype=F32).check()
 
 
+@pytest.mark.parametrize("heads", [(3, 3), (0, 1), (5, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("T", [1, 2])
+def test_views_of_the_range_alone(heads: tuple[int, int], T: int) -> None:
+    """A rank's own projections: the key heads that its value heads read, and no others."""
+    step = Step(HK=3, R=3, heads=heads, T=T, dtype=F32)
+    for name in "qkvzba":
+        setattr(step, name, getattr(step, name)[:, heads[0] // 3 : (sum(heads) - 1) // 3 + 1])
+    step.check()
+
+
 @pytest.mark.parametrize("T", [2, 5])
 @pytest.mark.parametrize("W", [2, 4])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)

@@ -47,7 +47,8 @@ def gated_delta_decode(
         cu_seqlens: [B + 1], int32 or int64: sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: each of
             the B sequences owns N / B tokens in a row.
         heads: (first, count), the value heads to compute; only their states, their v channels' taps and the q and k
-            taps of the key heads that they read are updated. None: all.
+            taps of the key heads that they read are updated. None: all. With a range, q, k, v, z, b and a may hold the
+            key heads that it reads alone (as one tensor-parallel rank has them), in place of all HK.
         backend: "auto", "triton" or "torch".
 
     Returns:

@@ -40,6 +40,9 @@ def decode_reference(
     """
     s = DecodeShapes.of(q, v, conv_state)
     first, count = heads
+    low, n = s.key_heads(first, count)
+    if q.shape[1] < s.HK:  # only the key heads that are read: the others' places hold what is not used
+        q, k, v, z, b, a = (F.pad(x.movedim(1, -1), (low, s.HK - low - n)).movedim(-1, 1) for x in (q, k, v, z, b, a))
     value_heads = torch.arange(first, first + count, device=q.device)
     key_heads = value_heads // s.R  # value head hv reads key head hv // R
     channels = s.conv_channels(first, count, q.device)  # the q, k and v channels that these heads own

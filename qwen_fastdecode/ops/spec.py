@@ -33,13 +33,20 @@ class DecodeShapes(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, conv_state: Tensor) -> DecodeShapes:
-        N, HK, DK = q.shape
-        return cls(N, conv_state.shape[0], HK, v.shape[2], DK, v.shape[3], conv_state.shape[2])
+        """HK is that of the states where q and v hold fewer key heads: those that a range of value heads reads."""
+        (N, HK, DK), (R, DV), (B, C, W) = q.shape, v.shape[2:], conv_state.shape
+        return cls(N, B, max(HK, C // max(1, 2 * DK + R * DV)), R, DK, DV, W)
+
+    def key_heads(self, first: int, count: int) -> tuple[int, int]:
+        """(first, count) of the key heads that value heads [first, first + count) read."""
+        low = first // self.R
+        return low, (first + count - 1) // self.R + 1 - low
 
     def conv_channels(self, first: int, count: int, device: torch.device | None = None) -> Tensor:
         """Channels that a step on value heads [first, first + count) shifts: theirs, and their key heads'."""
         key = self.HK * self.DK
-        low, high = first // self.R * self.DK, ((first + count - 1) // self.R + 1) * self.DK
+        low, heads = self.key_heads(first, count)
+        low, high = low * self.DK, (low + heads) * self.DK
         spans = [(low, high), (key + low, key + high), (2 * key + first * self.DV, 2 * key + (first + count) * self.DV)]
         return torch.cat([torch.arange(*span, device=device) for span in spans])
 
@@ -71,13 +78,15 @@ def check_arguments(
     if conv_state.dim() != 3:
         raise ValueError(f"conv_state: got shape {tuple(conv_state.shape)}, expected [B, C, W]")
     s = DecodeShapes.of(q, v, conv_state)
+    first, count = _check_heads(s, heads)
+    HK = s.HK if q.shape[1] == s.HK else s.key_heads(first, count)[1]  # all key heads, or those that are read
     expected = {
-        "q": (q, (s.N, s.HK, s.DK)),
-        "k": (k, (s.N, s.HK, s.DK)),
-        "v": (v, (s.N, s.HK, s.R, s.DV)),
-        "z": (z, (s.N, s.HK, s.R, s.DV)),
-        "b": (b, (s.N, s.HK, s.R)),
-        "a": (a, (s.N, s.HK, s.R)),
+        "q": (q, (s.N, HK, s.DK)),
+        "k": (k, (s.N, HK, s.DK)),
+        "v": (v, (s.N, HK, s.R, s.DV)),
+        "z": (z, (s.N, HK, s.R, s.DV)),
+        "b": (b, (s.N, HK, s.R)),
+        "a": (a, (s.N, HK, s.R)),
         "conv_state": (conv_state, (s.B, s.C, s.W)),
         "recurrent_state": (recurrent_state, (s.B, s.HV, s.DK, s.DV)),
         "conv_weight": (conv_weight, (s.C, s.W)),
@@ -105,6 +114,10 @@ def check_arguments(
     if not 0 < beta_scale <= 2:  # beyond 2 the state grows: the transition's eigenvalue along k is 1 - beta
         raise ValueError(f"beta_scale: got {beta_scale}, expected more than 0 and at most 2")
     _check_tokens(s, cu_seqlens, q.device)
+    return first, count
+
+
+def _check_heads(s: DecodeShapes, heads: tuple[int, int] | None) -> tuple[int, int]:
     first, count = (0, s.HV) if heads is None else heads
     if not (first >= 0 and count >= 1 and first + count <= s.HV):
         raise ValueError(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .spec import DecodeShapes
+
 CHUNK_ELEMENTS = 1 << 19  # of recurrent state: 2 MB in float32
 
 
@@ -44,8 +46,12 @@ def decode_torch(
 
     Several tokens a sequence are worked off one after another, sequence by sequence. No gradient flows.
     """
+    s = DecodeShapes.of(q, v, conv_state)
     tokens, weights = (q, k, v, z, b, a), (conv_weight, A_log, dt_bias, norm_weight)
-    N, B = q.shape[0], conv_state.shape[0]
+    key_heads = s.key_heads(*heads)
+    if q.shape[1] > key_heads[1]:
+        tokens = tuple(x.narrow(1, *key_heads) for x in tokens)
+    N, B = s.N, s.B
     with torch.inference_mode():
         step = partial(_decode_token, weights=weights, eps=eps, gate=gate, beta_scale=beta_scale, heads=heads)
         state = recurrent_state.narrow(1, *heads)  # [B, count, DK, DV]
@@ -89,12 +95,16 @@ def _decode_token(
     beta_scale: float,
     heads: tuple[int, int],
 ) -> Tensor:
-    """One token a sequence. state: [B, count, DK, DV], those of `heads`; returns [B, count * DV]."""
+    """One token a sequence; `tokens` are those of the key heads that `heads` read.
+
+    state: [B, count, DK, DV], those of `heads`; returns [B, count * DV].
+    """
     q, k, v, z, b, a = tokens
     conv_weight, A_log, dt_bias, norm_weight = weights
-    HV, DK, DV = v.shape[1] * v.shape[2], q.shape[2], v.shape[3]
-    if heads[1] < HV:
-        z, b, a = (x.flatten(1, 2).narrow(1, *heads) for x in (z, b, a))
+    R, DK, DV = v.shape[2], q.shape[2], v.shape[3]
+    if heads[1] < v.shape[1] * R:
+        z, b, a = (x.flatten(1, 2).narrow(1, heads[0] % R, heads[1]) for x in (z, b, a))
+    if heads[1] < A_log.shape[0]:
         A_log, dt_bias = A_log.narrow(0, *heads), dt_bias.narrow(0, *heads)
     beta = torch.sigmoid(b.to(_compute_dtype(v))).flatten(1)  # [B, count], as decay
     if beta_scale != 1.0:
@@ -135,20 +145,20 @@ def _convolve(
 
     Shifts the new token into the taps of their channels.
     """
-    (B, HK, DK), (R, DV), (first, count) = q.shape, v.shape[2:], heads
+    (B, key_heads, DK), (R, DV), (first, count) = q.shape, v.shape[2:], heads
+    HK = weight.shape[0] // (2 * DK + R * DV)
     if count == HK * R:
         x = torch.cat((torch.cat((q, k), dim=1).flatten(1), v.flatten(1)), dim=1)  # [B, C]
         taps = _shift(conv_state, x)
         x = x.to(_compute_dtype(x))
         y = _convolve_channels_(x, taps, weight)
     else:
-        low, high = first // R, (first + count - 1) // R + 1  # key heads
-        inputs = q[:, low:high], k[:, low:high], v.flatten(1, 2).narrow(1, *heads)
-        starts = low * DK, (HK + low) * DK, 2 * HK * DK + first * DV
+        inputs = q, k, v.flatten(1, 2).narrow(1, first % R, count)
+        starts = first // R * DK, (HK + first // R) * DK, 2 * HK * DK + first * DV
         spans = zip(inputs, starts, strict=True)
         y = torch.cat([_convolve_span(x, conv_state, weight, start) for x, start in spans], dim=1)
     key = y.shape[1] - count * DV
-    return y.narrow(1, 0, key).view(B, 2, -1, DK), y.narrow(1, key, count * DV).view(B, count, DV)
+    return y.narrow(1, 0, key).view(B, 2, key_heads, DK), y.narrow(1, key, count * DV).view(B, count, DV)
 
 
 def _convolve_span(x: Tensor, conv_state: Tensor, weight: Tensor, start: int) -> Tensor:

@@ -33,6 +33,7 @@ class Layout(NamedTuple):
     first_head: int  # value heads [first_head, first_head + head_count)
     head_count: int
     key_heads: int  # how many key heads these value heads read
+    skipped: int  # key heads that q, k, v, z, b and a do not hold because they are before the range
     strided: bool  # there are more items (sequences x key heads) than programs: each takes several
     q_head: int  # strides of a key head and of a value head within it
     k_head: int
@@ -164,11 +165,12 @@ def describe(
     _check(tensors, cu_seqlens)
     s = DecodeShapes.of(tensors[0], tensors[2], tensors[6])
     one_token = cu_seqlens is None and s.N == s.B
-    key_heads = (heads[0] + heads[1] - 1) // s.R + 1 - heads[0] // s.R
+    low, key_heads = s.key_heads(*heads)
+    skipped = low if tensors[0].shape[1] < s.HK else 0
     items = s.B * key_heads
     if tile is None:
         tile = table_tile(tensors[0].device, items, s.DV) if one_token else tiles.whole_head(s.DV)
-    layout = _layout(s, tensors, eps, gate, beta_scale, heads, key_heads, tile, strided=items > max_programs)
+    layout = _layout(s, tensors, eps, gate, beta_scale, heads, key_heads, skipped, tile, strided=items > max_programs)
     if not one_token and layout.TILES > 1:
         raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
@@ -227,6 +229,7 @@ def _layout(
     beta_scale: float,
     heads: tuple[int, int],
     key_heads: int,
+    skipped: int,
     tile: Tile,
     strided: bool,
 ) -> Layout:
@@ -240,6 +243,7 @@ def _layout(
         first_head=heads[0],
         head_count=heads[1],
         key_heads=key_heads,
+        skipped=skipped,
         strided=strided,
         q_head=q.stride(1),
         k_head=k.stride(1),

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .triton_parts import (
     activation,
+    before_range,
     convolve,
     convolve_token,
     delta_rule,
@@ -77,6 +78,8 @@ def decode_token(
     head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     head_mask = head_column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
+    if L.skipped:  # the tensors begin at the first key head of the range
+        q, k, v, z, b, a = before_range(q, k, v, z, b, a, L)
     program = tl.program_id(0)
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
@@ -199,6 +202,8 @@ def decode_tokens(
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     column_mask = columns < L.DV if L.BLOCK_V > L.DV else None
     weight = load(norm_weight + columns, column_mask)
+    if L.skipped:  # the tensors begin at the first key head of the range
+        q, k, v, z, b, a = before_range(q, k, v, z, b, a, L)
     program = tl.program_id(0)
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):

@@ -101,6 +101,19 @@ def convolve_token(x0, taps, conv_weight, channel, conv_channel, mask, L: tl.con
 
 
 @triton.jit
+def before_range(q, k, v, z, b, a, L: tl.constexpr):
+    """Where key head 0 of each tensor would lie, so that all heads are counted as in the states."""
+    return (
+        q - L.skipped * L.q_head,
+        k - L.skipped * L.k_head,
+        v - L.skipped * L.v_head,
+        z - L.skipped * L.z_head,
+        b - L.skipped * L.b_head,
+        a - L.skipped * L.a_head,
+    )
+
+
+@triton.jit
 def load_qk(q, k, which, cell, mask):
     """q and k of one token and head as a block [2, DK]; `which` is 0 on q's row and 1 on k's."""
     q_mask = which == 0
