@@ -1,6 +1,7 @@
 """An environment for each release of Transformers: its own packages first, then those of the one that runs this.
 
 torch and the tools are shared; pip installs only what the release needs in another version (huggingface_hub, say).
+Packages that plug into Transformers are for one release of it, and are hidden: others fail to import with them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from pathlib import Path
 from packaging.version import Version
 
 
+HIDDEN = ("kernels", "peft", "torchao")
+
+
 def python_of(release: str, folder: Path) -> Path:
     """The interpreter with this release; made on the first call and kept. Raises CalledProcessError if pip fails."""
     home = folder / release
@@ -26,7 +30,8 @@ def python_of(release: str, folder: Path) -> Path:
     venv.create(home, with_pip=False, symlinks=True)
     paths = {"base": str(home), "platbase": str(home)}
     packages = Path(sysconfig.get_path("purelib", scheme="venv", vars=paths))
-    (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    hide = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))"  # an import of None is a ModuleNotFoundError
+    (packages / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{hide}\n", encoding="utf-8")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
     subprocess.run([*install, f"transformers=={release}"], check=True, capture_output=True, text=True)
     ready.touch()
