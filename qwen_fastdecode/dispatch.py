@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import call_reader
+from .arguments import Call, call_reader
 from .caches import DecodeStates, Partial, convert_recurrent_state
 from .eligibility import decode_states
 from .names import EXCLUDED, PLAN
@@ -40,37 +40,52 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return original(self, hidden_states, *args, **kwargs)
         states = decode_states(plan, self, hidden_states, call)
         if isinstance(states, Reason):
-            if plan.split is not None:
-                complete(call.cache, self.layer_idx)  # upstream reads every head's states
-            if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
-                plan.count_fallback(states)
+            _before_upstream(plan, self, call, states)
             out = original(self, hidden_states, *args, **kwargs)
-            if plan.settings.state_dtype is not None and states in _PROMPT:
-                next_states = decode_states(plan, self, hidden_states[:, -1:], call._replace(attention_mask=None))
-                if not isinstance(next_states, Reason):
-                    _convert(plan, self, call.cache, next_states)
+            _after_upstream(plan, self, hidden_states, call, states)
             return out
-        states = _convert(plan, self, call.cache, states)
-        split = plan.split
-        if split is not None and split.serves(hidden_states.shape[0]):
-            Partial.put(call.cache.layers[self.layer_idx], split)
-            return split_step(plan, split, self, hidden_states, states)
-        if split is not None:
-            complete(call.cache, self.layer_idx)
-        return decode_step(plan, self, hidden_states, states)
+        return _fast_step(plan, self, hidden_states, call, _convert(plan, self, call, states))
 
     return forward
 
 
-def _convert(plan: DecodePlan, layer: Any, cache: Any, states: DecodeStates) -> DecodeStates:
+def _before_upstream(plan: DecodePlan, layer: Any, call: Call, reason: Reason) -> None:
+    if plan.split is not None:
+        complete(call.cache, layer.layer_idx)  # upstream reads every head's states
+    if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
+        plan.count_fallback(reason)
+
+
+def _after_upstream(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call, reason: Reason) -> None:
+    """A prompt's pass leaves a state that the next step decodes from: it is converted here, where nothing compiles."""
+    if plan.settings.state_dtype is not None and reason in _PROMPT:
+        states = decode_states(plan, layer, hidden_states[:, -1:], call._replace(attention_mask=None))
+        if not isinstance(states, Reason):
+            _convert(plan, layer, call, states)
+
+
+def _convert(plan: DecodePlan, layer: Any, call: Call, states: DecodeStates) -> DecodeStates:
     """The states, the recurrent one in the dtype that `patch` was asked for.
 
     Not while compiling: a captured graph must not own a tensor that outlives it. A step that is compiled therefore
     takes the state as it is, which an eager prompt's pass has converted (`generate` does not compile that one).
     """
-    if plan.settings.state_dtype in (None, states.recurrent.dtype) or torch.compiler.is_compiling():
+    dtype = plan.settings.state_dtype
+    if dtype is None or dtype == states.recurrent.dtype or torch.compiler.is_compiling():
         return states
-    return states._replace(recurrent=convert_recurrent_state(cache, layer.layer_idx, plan.settings.state_dtype))
+    return states._replace(recurrent=convert_recurrent_state(call.cache, layer.layer_idx, dtype))
+
+
+def _fast_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call, states: DecodeStates) -> Tensor:
+    """On all heads or, under tensor parallelism and where that pays, on this rank's."""
+    split = plan.split
+    if split is None:
+        return decode_step(plan, layer, hidden_states, states)
+    if split.serves(hidden_states.shape[0]):
+        Partial.put(call.cache.layers[layer.layer_idx], split)
+        return split_step(plan, split, layer, hidden_states, states)
+    complete(call.cache, layer.layer_idx)
+    return decode_step(plan, layer, hidden_states, states)
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it

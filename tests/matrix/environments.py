@@ -15,7 +15,6 @@ from pathlib import Path
 
 from packaging.version import Version
 
-
 HIDDEN = ("kernels", "peft", "torchao")
 
 
