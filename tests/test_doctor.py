@@ -11,7 +11,7 @@ import torch
 import transformers
 from drift import drift, modeling
 
-from qwen_fastdecode import doctor, guard
+from qwen_fastdecode import doctor, guard, seams
 from qwen_fastdecode.cli import main
 from qwen_fastdecode.doctor import Diagnosis, Serving
 from qwen_fastdecode.ops import backends
@@ -55,11 +55,10 @@ def test_verified_code_is_a_warning_with_the_entry_to_add(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drift(monkeypatch, MODULE, LAYER, REMARK)
-    seams = [seam for seam in load_seams() if seam.layer == LAYER]
+    reviewed = [seam.transformers for seam in load_seams() if seam.layer == LAYER]
     code, verdict, before = examine(capsys, monkeypatch)
     assert code == 1
-    first, last = (seam.transformers for seam in (seams[0], seams[-1]))
-    releases = f"{first.partition(',')[0]},{last.rpartition(',')[2]}"  # as one range: every minor release was reviewed
+    releases = f"{reviewed[0].partition(',')[0]},{reviewed[-1].rpartition(',')[2]}"  # without a gap: as one range
     assert f"{LAYER}.forward differs from every reviewed release ({releases})" in verdict
     assert "It was verified at run time" in verdict
     _, _, entry = before.partition("Once reviewed, to be added to patches/qwen3_5.toml:\n")
