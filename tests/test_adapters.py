@@ -1,16 +1,17 @@
-"""What takes the place of projections: low-rank adapters of peft, and weights of 8 and 4 bits by torchao."""
+"""What takes the place of projections: adapters of peft, and weights of 8 and 4 bits by torchao and bitsandbytes."""
 
 from __future__ import annotations
 
+import bitsandbytes
 import pytest
 import torch
-from models import LINEAR, TRAINED, generate, linear_layers, load, prompt
+from models import CHECKPOINTS, LINEAR, TRAINED, generate, linear_layers, load, prompt
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 from torchao.utils import TorchAOBaseTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import qwen_fastdecode as qf
 
@@ -70,5 +71,29 @@ def test_projections_of_few_bits(checkpoint: str, config: AOBaseConfig, patched_
     assert len(weights) > 2
     assert all(isinstance(weight, TorchAOBaseTensor) for weight in weights)
     assert say(model, checkpoint) == say(reference, checkpoint)
+    assert qf.status(model).fast_steps == STEPS
+    assert qf.status(model).fallbacks == {"more than one token": LINEAR}
+
+
+LOADED = {
+    "Linear8bitLt": BitsAndBytesConfig(load_in_8bit=True),
+    "Linear4bit": BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize("kind", LOADED)
+def test_a_checkpoint_loaded_in_few_bits(checkpoint: str, kind: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        CHECKPOINTS / checkpoint, dtype=torch.float32, quantization_config=LOADED[kind], device_map={"": "cpu"}
+    ).eval()
+    projections = [part for part in linear_layers(model)[0].children() if isinstance(part, nn.Linear)]
+    assert len(projections) > 2
+    assert all(isinstance(part, getattr(bitsandbytes.nn, kind)) for part in projections)
+    expected = say(model, checkpoint)
+    qf.patch(model)
+    assert say(model, checkpoint) == expected
     assert qf.status(model).fast_steps == STEPS
     assert qf.status(model).fallbacks == {"more than one token": LINEAR}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-HIDDEN = ("kernels", "peft", "torchao")
+HIDDEN = ("bitsandbytes", "kernels", "peft", "torchao")
 
 
 def python_of(release: str, folder: Path) -> Path:
