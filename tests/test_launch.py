@@ -179,7 +179,9 @@ def test_the_package_itself_is_light_and_whole() -> None:
 
 def test_control_c_ends_it_by_the_signal_after_the_report(tmp_path: Path) -> None:
     write(tmp_path / "program.py", "import time\nprint('ready', flush=True)\ntime.sleep(60)")
-    command = [sys.executable, *RUN, "--report", "program.py"]
+    # Where the tests run in a background, the signal is ignored, and that is inherited.
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", heed, sys.executable, *RUN, "--report", "program.py"]
     with subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as program:
