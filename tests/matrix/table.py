@@ -64,7 +64,7 @@ def render(results: list[Result], features: list[str], families: list[str], how:
         "",
         "- ok: the patched model says what the unpatched one says, and every decode step was served fast (counted).",
         "- upstream [n]: the unpatched model raises, and the patched one raises the same; the words are below.",
-        "- -: this release of Transformers does not have the family.",
+        "- -: this release of Transformers does not have the family, or not in the form that is supported.",
         "",
     ]
     for family in families:
