@@ -24,7 +24,7 @@ matrix: $(READY)
 	$(BIN)/python tests/matrix/run.py $(MATRIX)
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_op.py
+	$(BIN)/python -m benchmarks.op.bench_op
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,6 @@
 
 import sys
 
-from qwen_fastdecode.cli import main
+from qwen_fastdecode.cli.main import main
 
 sys.exit(main(["compare", *sys.argv[1:]]))

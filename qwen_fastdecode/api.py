@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import dispatch, install
-from .agreement import Ranks, agreement
 from .errors import NothingToPatch, PatchError
-from .families import FAMILIES
-from .guard import State, review
-from .layers import FoundLayer, describe, describe_gone, describe_plan, find_layers, inspect_layer, living_layers
+from .layer import dispatch, install
+from .layer.find import FoundLayer, describe, describe_gone, describe_plan, find_layers, inspect_layer, living_layers
+from .layer.plan import DecodePlan, Settings, plan_of
+from .layer.review import State, review
 from .names import BACKENDS, EXCLUDED, PLAN
 from .ops.backends import select_backend
-from .plan import DecodePlan, Settings, plan_of
 from .report import PatchReport, Status
-from .seams import upstream_classes
-from .tensor_parallel import HEAD_PARALLEL, complete_caches, ranks_of, spoil_caches
+from .steps.ranks import Ranks, agreement
+from .steps.split import HEAD_PARALLEL, complete_caches, ranks_of, spoil_caches
+from .upstream.families import FAMILIES
+from .upstream.seams import upstream_classes
 
 _LENIENT = "Pass strict=False (qwen-fastdecode run: --no-strict) to leave such layers to upstream."
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)

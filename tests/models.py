@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from qwen_fastdecode.seams import unwrap
+from qwen_fastdecode.upstream.seams import unwrap
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])  # [2, 6]
@@ -196,3 +196,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def llama() -> PreTrainedModel:
+    sizes = {name: value for name, value in (COMMON | DENSE).items() if not name.startswith("linear")}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..names import BACKENDS
-from .torch_backend import decode_torch
+from .torch_cpu import decode_torch
 
 
 class Backend(NamedTuple):
@@ -25,7 +25,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernel cannot run on `device`; None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it is a dependency on Linux only)"
-    from .triton_backend import unavailable_reason
+    from .triton.launch import unavailable_reason
 
     return unavailable_reason(device)
 
@@ -41,7 +41,7 @@ def select_backend(name: str, device: torch.device) -> Backend:
         return Backend("torch", decode_torch)
     reason = triton_unavailable(device)
     if reason is None:
-        from .triton_backend import decode_triton
+        from .triton.launch import decode_triton
 
         return Backend("triton", decode_triton)
     if name == "auto":

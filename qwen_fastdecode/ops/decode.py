@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import select_backend
-from .spec import check_arguments
+from .step import check_arguments
 
 
 def gated_delta_decode(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import DecodeShapes
+from .step import DecodeShapes
 
 
 def decode_reference(

@@ -24,8 +24,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 TABLE = ROOT / "docs" / "compatibility.md"
 BUILD = ROOT / "build" / "matrix"
-THIN = ["tests/matrix/test_release.py", "tests/test_layer_step.py"]
-ALL = [*THIN, "tests/test_generate.py", "tests/test_patch.py", "tests/test_arguments.py", "tests/test_caches.py"]
+THIN = ["tests/matrix/test_release.py", "tests/patching/test_layer_step.py"]
+ALL = [
+    *THIN,
+    "tests/generating/test_generate.py",
+    "tests/patching/test_patch.py",
+    "tests/patching/test_arguments.py",
+    "tests/patching/test_caches.py",
+]
 LIMIT = 1800  # seconds for one release's tests
 
 

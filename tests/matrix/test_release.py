@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
 import qwen_fastdecode as qf
-from qwen_fastdecode.arguments import cache_name
+from qwen_fastdecode.upstream.calls import cache_name
 
 NEW = 8
 

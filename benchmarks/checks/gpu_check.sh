@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The proof on a GPU, from the repository's root: correctness, compute-sanitizer, tiles, speed; then one table.
+#
+#   bash benchmarks/checks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
+#
+# Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only generate (end to
+# end) and ways (CUDA graphs, reduce-overhead, bitsandbytes). All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs
+# the same code on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on PYTHONPATH is used.
+# Exit code 1 if any section found something wrong or was cut short; the others still run.
+set -u
+cd "$(dirname "$0")/../.."
+out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sections=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) out=${2:?--out needs a folder}; shift ;;
+    --limit) limit=${2:?--limit needs seconds}; shift ;;
+    --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
+    correctness | sanitize | tiles | speed | generate | ways) sections+=("$1") ;;
+    *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
+  esac
+  shift
+done
+[ ${#sections[@]} -gt 0 ] || sections=(correctness speed sanitize tiles)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+export PATH=$PATH:/usr/local/cuda/bin # where CUDA keeps compute-sanitizer
+python=${PYTHON:-python3} failed=()
+declare -A module=(
+  [correctness]=checks.gpu_correctness [sanitize]=checks.gpu_sanitize [tiles]=op.gpu_tiles [speed]=op.gpu_speed
+  [generate]=models.gpu_generate [ways]=models.gpu_ways
+)
+mkdir -p "$out"
+for section in "${sections[@]}"; do
+  start=$SECONDS
+  echo "== $section"
+  left=$((limit - SECONDS > 1 ? limit - SECONDS : 1))
+  timeout -k 5 "$left" "$python" -m "benchmarks.${module[$section]}" --out "$out" "${dry[@]}" || failed+=("$section ($?)")
+  echo "== $section took $((SECONDS - start)) s"
+done
+"$python" -m benchmarks.checks.gpu_report --out "$out" || failed+=(report)
+[ ${#failed[@]} -eq 0 ] || { echo "FAILED: ${failed[*]}"; exit 1; }

@@ -1,0 +1,221 @@
+"""Every tile against the float64 reference on the device itself, and what only a device can show."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+
+from benchmarks.checks.gpu_report import progress, write_section
+from benchmarks.op.gpu_clock import Replay
+from benchmarks.op.gpu_step import Shape, Step, check, compare, pick, random_step
+from benchmarks.op.gpu_table import shown
+from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.triton import tiles
+from qwen_fastdecode.ops.triton.launch import decode_triton
+from qwen_fastdecode.ops.triton.tiles import Tile
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WORKERS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named check: `test(shape, tile, device)` returns errors to print, and raises AssertionError where it fails."""
+
+    name: str
+    test: Callable[..., dict]
+    shape: Shape
+    tile: Tile | None = None
+
+
+def cases(dry_run: bool) -> list[Case]:
+    """All of them; in a dry run, of a size that the interpreter does in a second."""
+    found = [*_tile_cases(), *_shape_cases(), *_device_cases()]
+    if dry_run:
+        return [
+            replace(case, shape=_shrink(case.shape), tile=case.tile and case.tile._replace(block_v=16))
+            for case in found
+        ]
+    return found
+
+
+def _shrink(s: Shape) -> Shape:
+    DK, DV = (16, 16) if s.DK == s.DV else (24, 40)
+    heads = None if s.heads is None else (1, 2)
+    lengths = s.lengths if isinstance(s.lengths, int) else s.lengths[:2]
+    return replace(s, B=2, HK=2, DK=DK, DV=DV, heads=heads, lengths=lengths)
+
+
+def _tile_cases() -> Iterator[Case]:
+    """Every candidate tile, on the ratios, layouts and dtypes that change the compiled code most."""
+    kinds = {
+        "split R2 bf16, fp32 state": Shape(),
+        "split R2 bf16, bf16 state": Shape(state_dtype=BF16),
+        "grouped R3 bf16, fp32 state": Shape(R=3, layout="grouped", B=3),
+        "split R3 bf16, fp32 state": Shape(R=3),
+        "split R4 bf16, fp32 state": Shape(R=4),
+        "split R1 bf16, fp32 state": Shape(R=1),
+        "split R1 fp32, fp32 state": Shape(R=1, dtype=FP32),
+    }
+    for tile in tiles.candidates(128):
+        for name, shape in kinds.items():
+            yield Case(f"tile {shown(tile)} {name}", _equals_reference, shape, tile)
+
+
+def _shape_cases() -> Iterator[Case]:
+    """The shipped tile on everything that the op accepts."""
+    shapes = {
+        **{f"R{R} {layout}": Shape(R=R, layout=layout) for R in (1, 2, 3, 4) for layout in ("split", "grouped")},
+        **{f"R{R} bf16 state": Shape(R=R, state_dtype=BF16) for R in (1, 3, 4)},
+        **{f"R{R} batch 32": Shape(R=R, B=32) for R in (1, 2, 3, 4)},  # the table has another tile for it
+        **{f"R{R} batch 32 bf16 state": Shape(R=R, B=32, state_dtype=BF16) for R in (1, 2, 3, 4)},
+        "fp16": Shape(dtype=FP16),
+        "sigmoid gate": Shape(gate="sigmoid"),
+        "misaligned views": Shape(guard=3),
+        "misaligned views, grouped": Shape(guard=3, layout="grouped", R=3),
+        "channel-last taps": Shape(channel_last=True),
+        "2 taps": Shape(W=2),
+        "3 taps": Shape(W=3),
+        "heads of a rank": Shape(heads=(8, 8)),
+        "heads across a key head": Shape(heads=(3, 6), R=3),
+        "DK 96, DV 80": Shape(DK=96, DV=80),
+        "64 heads, batch 300": Shape(R=4, B=300),
+        "5 tokens": Shape(lengths=5, B=3),
+        "5 tokens, grouped, bf16 state": Shape(lengths=5, B=3, layout="grouped", R=3, state_dtype=BF16),
+        "ragged": Shape(lengths=(3, 0, 1, 7), R=4),
+        "ragged heads": Shape(lengths=(2, 5, 1, 0), heads=(2, 5)),
+    }
+    for name, shape in shapes.items():
+        yield Case(name, _equals_reference, shape)
+
+
+def _device_cases() -> Iterator[Case]:
+    yield Case("deterministic, T = 1", _is_deterministic, Shape(B=64))
+    yield Case("deterministic, ragged", _is_deterministic, Shape(B=5, lengths=(3, 0, 9, 1, 4)))
+    yield Case("graph replay equals eager", _replays_as_eager, Shape(B=32))
+    yield Case("side stream", _runs_on_side_stream, Shape(B=32))
+    yield Case("NaN stays in its sequence", _contains_nan, Shape(B=8))
+    yield Case("batch 4096, 32 heads: offsets past 2^31", _addresses_large_batch, Shape(B=4096))
+
+
+def _equals_reference(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    return check(random_step(shape, device), partial(decode_triton, tile=tile))
+
+
+def _is_deterministic(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    step = random_step(shape, device)
+    first = _results(step.twin())
+    for repeat in range(20 if device.type == "cuda" else 1):
+        for one, other in zip(first, _results(step.twin()), strict=True):
+            assert torch.equal(one, other), f"repeat {repeat} differs from the first run"
+    return {}
+
+
+def _results(step: Step) -> tuple[torch.Tensor, ...]:
+    return step.run(decode_triton), step.conv_state, step.recurrent_state
+
+
+def _replays_as_eager(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    step = random_step(shape, device)
+    eager, graphed = step.twin(), step.twin()
+    replay = Replay([lambda: graphed.run(decode_triton)], device)
+    for state, original in zip(graphed.tensors[6:8], step.tensors[6:8], strict=True):
+        state.copy_(original)  # the capture was warmed up on it
+    for _ in range(3):
+        replay()
+        expected = eager.run(decode_triton)
+    assert torch.equal(replay.outputs[0], expected), "output"
+    assert torch.equal(graphed.conv_state, eager.conv_state), "taps"
+    assert torch.equal(graphed.recurrent_state, eager.recurrent_state), "state"
+    return {}
+
+
+def _runs_on_side_stream(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    """The state is made on a side stream behind a slow kernel: a launch on another stream would read it early."""
+    if device.type != "cuda":
+        return {}
+    step = random_step(shape, device)
+    expected = _results(step.twin())
+    late, stream = step.twin(), torch.cuda.Stream()
+    state = late.recurrent_state.clone()
+    late.recurrent_state.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.recurrent_state.copy_(state)
+        results = _results(late)
+    stream.synchronize()
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one, other), "did not wait for the stream it was called on"
+    return {}
+
+
+def _contains_nan(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    step = random_step(shape, device)
+    clean, ill = step.twin(), step.twin()
+    ill.recurrent_state[1] = float("nan")
+    expected, got = _results(clean), _results(ill)
+    healthy = torch.arange(shape.B, device=device) != 1
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one[healthy], other[healthy]), "another sequence changed"
+    assert got[0][1].isnan().all()
+    assert not got[0][healthy].isnan().any()
+    return {}
+
+
+def _addresses_large_batch(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    """8.6 GB of state for real. The reference does some sequences; all are compared with the batch in pieces."""
+    step = random_step(shape, device)
+    picked = torch.tensor([0, 1, shape.B // 2 - 1, shape.B // 2, shape.B - 1], device=device)
+    law = pick(step, picked)
+    pieces = [pick(step, piece) for piece in torch.arange(shape.B, device=device).split(512)]
+    expected = law.run(decode_reference)
+    outs = torch.cat([piece.run(decode_triton) for piece in pieces])
+    out = step.run(decode_triton)
+    assert step.damaged_guards() == 0, "wrote outside the tensors it was given"
+    assert torch.equal(out, outs), "differs from the same batch in pieces of 512"
+    for state, piece in zip(step.recurrent_state.split(512), pieces, strict=True):
+        assert torch.equal(state, piece.recurrent_state), "state differs from that of a piece"
+    return compare(out[picked], expected, pick(step, picked), law, shape.DV)
+
+
+def run_case(index: int, dry_run: bool) -> dict:
+    """One case, in whichever process; a failure is a result."""
+    device = torch.device("cpu" if dry_run else "cuda")
+    case = cases(dry_run)[index]
+    try:
+        return {"name": case.name, "passed": True, **case.test(case.shape, case.tile, device)}
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        return {"name": case.name, "passed": False, "error": text, "trace": traceback.format_exc()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    parser.add_argument("--match", default="", help="only the cases whose name contains this")
+    arguments = parser.parse_args()
+    todo = [i for i, case in enumerate(cases(arguments.dry_run)) if arguments.match in case.name]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(1 if arguments.dry_run else WORKERS, get_context("spawn")) as pool:
+        results = list(progress(pool.map(run_case, todo, [arguments.dry_run] * len(todo)), "correctness", len(todo)))
+    write_section(arguments.out, "correctness", results)
+    failures = [result for result in results if not result["passed"]]
+    for result in failures:
+        print(f"FAILED {result['name']}: {result['error']}")
+    print(f"correctness: {len(results) - len(failures)} of {len(results)} cases passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Tensor parallelism on two GPUs of one host (NCCL), from the repository's root: correctness first, then decode ms.
+#
+#   bash benchmarks/ranks/gpu_tp.sh [--out FOLDER] [--ranks N] [--limit SECONDS] [--dry-run]
+#
+# Ends within --limit seconds (520); what was measured by then is kept. --dry-run runs the same code on the CPU (gloo)
+# at tiny sizes. Nothing is installed; what is on PYTHONPATH is used. Exit code 1 if anything was wrong or cut short.
+set -u
+cd "$(dirname "$0")/../.."
+out=benchmarks/results/$(date -u +%Y-%m-%d)-tp ranks=2 limit=520 dry=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) out=${2:?--out needs a folder}; shift ;;
+    --ranks) ranks=${2:?--ranks needs a number}; shift ;;
+    --limit) limit=${2:?--limit needs seconds}; shift ;;
+    --dry-run) dry=(--dry-run); export CUDA_VISIBLE_DEVICES= ;;
+    *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
+  esac
+  shift
+done
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
+mkdir -p "$out"
+timeout -k 10 "$limit" "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+  --module benchmarks.ranks.gpu_tp --out "$out" --seconds "$((limit - 30))" "${dry[@]}"
+code=$?
+[ -f "$out/results.md" ] && cat "$out/results.md"
+[ $code -eq 0 ] || { echo "FAILED ($code)"; exit 1; }

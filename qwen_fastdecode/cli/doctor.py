@@ -1,0 +1,213 @@
+"""`qwen-fastdecode doctor`: what is installed, whether it can be patched, what would serve, and whether it is right."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layer import install
+from ..layer.eligibility import KILL_SWITCH
+from ..layer.review import Review, State, review
+from ..layer.selftest import dtype_name, self_test
+from ..ops.backends import Backend, select_backend, triton_unavailable
+from ..ops.reference import decode_reference
+from ..upstream.seams import current_sources, foreign_patch, load_seams, toml_lines, unreviewed, upstream_classes
+from .compare.command import silence_libraries
+from .compare.inputs import require
+from .tune import Heads, random_layer
+
+DESCRIPTION = """\
+Prints the versions that matter, whether each family's code in the installed Transformers was reviewed, which backend
+would serve on which device, and a numeric self-test. Exit code 0: all well; 1: works, with warnings; 2: a family
+cannot be patched, or a result is wrong."""
+
+OPTIONAL = ("flash-linear-attention", "causal-conv1d")  # upstream's own faster functions
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "wrapt", *OPTIONAL)
+ABSENT, FAILS_HERE = "not in this release", "reviewed, fails here"  # states of a seam, beside those of `guard`
+CONV, STATE = 6, 7  # places of the two states in the op's arguments
+BATCH, HEADS = 2, Heads(HK=1, R=2, D=128)
+# Largest distance of a step from the float64 reference, relative RMS. float32: a sum has some hundred terms of 2^-24.
+# bfloat16: the output is rounded once, by 2^-8 at most; the recurrent state stays float32.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+
+
+class Seam(NamedTuple):
+    """A family's layer class: `state` and why; `toml`: the entry to add where the code was not reviewed."""
+
+    family: str
+    state: str
+    detail: str = ""
+    toml: str = ""
+
+
+class Serving(NamedTuple):
+    """Which backend serves on a device, and why the other does not."""
+
+    device: torch.device
+    name: str
+    backend: str
+    others: str
+
+
+class Numeric(NamedTuple):
+    """A backend's step beside the float64 reference: relative RMS of the output and of the recurrent state."""
+
+    device: torch.device
+    backend: str
+    dtype: torch.dtype
+    output: float
+    state: float
+    conv_equal: bool
+
+    @property
+    def right(self) -> bool:
+        return self.conv_equal and self.output <= LIMITS[self.dtype] and self.state <= LIMITS[torch.float32]
+
+
+@dataclass
+class Diagnosis:
+    """All that was found; `warnings` and `problems` in words for the user."""
+
+    versions: dict[str, str]
+    seams: list[Seam]
+    serving: list[Serving]
+    numeric: list[Numeric]
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return 2 if self.problems else 1 if self.warnings else 0
+
+
+def add_parser(subparsers: Any) -> None:
+    """Registers the subcommand."""
+    parser = subparsers.add_parser(
+        "doctor", help="can this installation be patched, and is it right", description=DESCRIPTION
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises BadInput where a package for the tables is missing."""
+    require("rich")
+    from rich.console import Console
+
+    from .doctor_render import render
+
+    silence_libraries()
+    found = diagnose()
+    render(found, Console())
+    return found.exit_code
+
+
+def diagnose() -> Diagnosis:
+    """Looks at everything; changes nothing."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    serving = [_serving(device) for device in devices]
+    numeric = [check for device in devices for backend in _backends(device) for check in _check(device, backend)]
+    found = Diagnosis(_versions(), list(_seams()), serving, numeric)
+    _judge(found)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed (not needed)" if package in OPTIONAL else "not installed"
+    return versions
+
+
+def _seams() -> Iterator[Seam]:
+    here = {upstream.family: upstream for upstream in upstream_classes(import_missing=True)}
+    for family in dict.fromkeys(seam.family for seam in load_seams()):
+        if family not in here:
+            yield Seam(family, ABSENT)
+            continue
+        verdict = review(here[family])
+        current = current_sources(verdict.upstream, install.original_forward(verdict.upstream.layer_class))
+        entry = unreviewed(verdict.upstream, current) is not None and foreign_patch(current) is None
+        yield Seam(family, *_state(verdict), toml_lines(verdict.upstream, current) if entry else "")
+
+
+def _state(verdict: Review) -> tuple[str, str]:
+    """Also reviewed code takes the self-test here: what it calls may be another implementation on this machine."""
+    if verdict.state is not State.REVIEWED:
+        return verdict.state.value, verdict.detail
+    test = self_test(verdict.upstream, install.original_forward(verdict.upstream.layer_class))
+    if test.failure is None:
+        return verdict.state.value, test.near
+    return FAILS_HERE, f"{verdict.upstream.label} was reviewed, but the self-test failed: {test.failure}"
+
+
+def _serving(device: torch.device) -> Serving:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    backend = select_backend("auto", device).name
+    if backend == "triton":
+        return Serving(device, name, backend, "torch: slower on a GPU; serves if asked for")
+    reason = triton_unavailable(device) or "it runs in its interpreter, for tests (TRITON_INTERPRET=1)"
+    return Serving(device, name, backend, reason)
+
+
+def _backends(device: torch.device) -> list[Backend]:
+    names = ["torch"] if triton_unavailable(device) else ["torch", "triton"]
+    return [select_backend(name, device) for name in names]
+
+
+@torch.no_grad()
+def _check(device: torch.device, backend: Backend) -> Iterator[Numeric]:
+    options: dict[str, Any] = {"eps": 1e-6, "gate": "silu", "cu_seqlens": None, "heads": (0, HEADS.HK * HEADS.R)}
+    for dtype in LIMITS:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            layer = random_layer(BATCH, HEADS, device)
+        step = [x.to(dtype) for x in layer]
+        step[STATE] = layer[STATE]
+        reference = [x.clone() for x in step]
+        reference[STATE] = layer[STATE].double()
+        exact = decode_reference(*reference, **options)
+        out = backend.decode(*step, **options)
+        yield Numeric(
+            device,
+            backend.name,
+            dtype,
+            output=_distance(out, exact),
+            state=_distance(step[STATE], reference[STATE]),
+            conv_equal=torch.equal(step[CONV], reference[CONV]),
+        )
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def _judge(found: Diagnosis) -> None:
+    """What the user should know, in words."""
+    for seam in found.seams:
+        if seam.state == State.VERIFIED.value:
+            found.warnings.append(seam.detail)
+        elif seam.state in (State.REFUSED.value, FAILS_HERE):
+            found.problems.append(seam.detail)
+    if all(seam.state == ABSENT for seam in found.seams):
+        found.problems.append("this release of Transformers has none of the supported families")
+    for x in found.numeric:
+        if not x.right:
+            found.problems.append(
+                f"the {x.backend} backend is wrong on {x.device} in {dtype_name(x.dtype)}: see its row above"
+            )
+    for serving in found.serving:
+        if serving.device.type == "cuda" and serving.backend == "torch":
+            found.warnings.append(f"{serving.device} ({serving.name}) is served by PyTorch, slowly. {serving.others}")
+    if os.environ.get(KILL_SWITCH) == "0":
+        found.warnings.append(f"{KILL_SWITCH}=0 is set: the fast path is switched off")

@@ -1,0 +1,102 @@
+"""Whether a call of a layer's forward is a decode step that the fast path may serve, and if not, why not.
+
+Nothing here changes anything; every answer is a `Reason`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..reasons import Reason
+from ..upstream.caches import DecodeStates, read_states
+from ..upstream.calls import Call
+from .plan import DecodePlan
+
+KILL_SWITCH = "QWEN_FASTDECODE"
+# The dictionary behind os.environ: Dynamo guards a look-up in it, so that graphs compiled before obey the switch too.
+_ENVIRONMENT: dict[Any, Any] = vars(os.environ)["_data"]
+_SWITCH, _OFF = os.environ.encodekey(KILL_SWITCH), os.environ.encodevalue("0")
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def decode_states(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call) -> DecodeStates | Reason:
+    """The states to update if this call is a fast decode step, else why it is not; the cheapest questions first."""
+    if hidden_states.shape[1] != 1:
+        return Reason.SEVERAL_TOKENS
+    if call.cache is None:
+        return Reason.NO_CACHE
+    reason = _call_reason(hidden_states, call) or _layer_reason(plan, layer, hidden_states.device)
+    if reason is not None:
+        return reason
+    states = read_states(call.cache, layer.layer_idx)
+    if isinstance(states, Reason):
+        return states
+    if not states_fit(plan, states, hidden_states):
+        return Reason.UNEXPECTED_STATE
+    return states
+
+
+def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
+    if _ENVIRONMENT.get(_SWITCH) == _OFF:
+        return Reason.SWITCHED_OFF
+    if call.without_position:
+        return Reason.NO_CACHE_POSITION
+    if call.attention_mask is not None:
+        return Reason.ATTENTION_MASK
+    if call.others.get("cu_seq_lens_q") is not None or call.others.get("seq_idx") is not None:
+        return Reason.PACKED_SEQUENCES
+    if torch.is_grad_enabled():
+        return Reason.GRAD_ENABLED
+    if hidden_states.is_meta:
+        return Reason.META_DEVICE
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return Reason.AUTOCAST
+    if torch.compiler._is_exporting_flag:  # is_exporting() itself is True in all that Dynamo of torch 2.11 traces
+        return Reason.EXPORTING
+    return None
+
+
+def _layer_reason(plan: DecodePlan, layer: Any, device: torch.device) -> Reason | None:
+    conv1d, norm = plan.family.read_modules(layer)
+    if type(norm) is not plan.norm_class or conv1d.bias is not None:
+        return Reason.CHANGED_LAYER
+    if _is_hooked(conv1d) or _is_hooked(norm):
+        return Reason.HOOKED_SUBMODULE
+    weights: tuple[Any, ...] = (conv1d.weight, norm.weight, layer.A_log, layer.dt_bias)
+    for weight in weights:
+        if type(weight) not in _PLAIN:
+            return Reason.WEIGHT_TYPE
+        if weight.device != device:
+            return Reason.WEIGHTS_ELSEWHERE
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: the fast path reads its weight and calls nothing.
+
+    accelerate puts a hook on every module of a dispatched model; one that only names the execution device is harmless.
+    """
+    if module._forward_pre_hooks or module._forward_hooks:
+        return True
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+    forward = module.__dict__.get("forward")  # the class's own is what accelerate leaves when it takes a hook away
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:
+    """Whether the states have the shapes that the plan expects of this batch, on its device."""
+    B, device = hidden_states.shape[0], hidden_states.device
+    conv, recurrent = states
+    return (
+        conv.shape == (B, *plan.conv_shape)
+        and recurrent.shape == (B, *plan.recurrent_shape)
+        and recurrent.stride()[1:] == plan.recurrent_strides
+        and conv.device == device
+        and recurrent.device == device
+    )

@@ -1,0 +1,1 @@
+"""The Triton backend: JIT code, its launcher, and the table of tiles."""

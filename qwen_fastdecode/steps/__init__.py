@@ -1,0 +1,1 @@
+"""What a layer's decode step is: on all heads, or on a tensor-parallel rank's."""

@@ -1,0 +1,215 @@
+"""Programs that bring models, under `qwen-fastdecode run`: patched when they import them, in their own time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import LINEAR, build, generate
+from programs import ENVIRONMENT, RUN, TINY, python, write
+from transformers import pipeline
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+import qwen_fastdecode as qf
+from qwen_fastdecode import api
+from qwen_fastdecode.upstream import seams
+
+NEW = 12
+PROMPT = "The for statement"
+PIPELINE = f"""\
+import sys
+assert "transformers" not in sys.modules
+def work(model):
+    from transformers import pipeline
+    assert "qwen_fastdecode.api" not in sys.modules
+    generator = pipeline("text-generation", model=model, device="cpu")
+    return generator({PROMPT!r}, max_new_tokens={NEW}, do_sample=False)[0]["generated_text"]
+print(work(sys.argv[1]))
+"""
+
+
+def fast_steps(report: str) -> list[int]:
+    """Of each layer, from the table on stderr."""
+    assert f"{LINEAR} of {LINEAR} gated DeltaNet layers covered" in report, report
+    return [int(count) for count in re.findall(r"GatedDeltaNet\[\d\] +\S+ +torch +(\d+)", report)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    generator = pipeline("text-generation", model=str(TINY), device="cpu")
+    return generator(PROMPT, max_new_tokens=NEW, do_sample=False)[0]["generated_text"]
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")])
+def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+    write(tmp_path / "program.py", PIPELINE)
+    done = python(*launcher, *RUN, "--report", "program.py", TINY, cwd=tmp_path)
+    assert done.stdout == f"{expected}\n", done.stderr
+    assert fast_steps(done.stderr) == [NEW - 1] * LINEAR
+
+
+def test_what_cannot_be_patched_fails_every_import(tmp_path: Path) -> None:
+    attempts = """
+for attempt in range(2):
+    try:
+        import transformers.models.qwen3_5.modeling_qwen3_5
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+"""
+    write(tmp_path / "program.py", attempts)
+    done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert first.startswith("BackendUnavailable backend='triton' cannot run on cpu")
+
+
+@contextmanager
+def serving(*start: str | Path, log: Path) -> Iterator[str]:
+    """`transformers serve` as it is shipped, on a free port of the loopback; ends it as Ctrl-C does."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve = ("serve", TINY, "--host", "127.0.0.1", "--port", port, "--device", "cpu", "--dtype", "float32")
+    command = [sys.executable, *map(str, start), *map(str, serve)]
+    with log.open("w") as errors, subprocess.Popen(command, env=ENVIRONMENT, stdout=errors, stderr=errors) as server:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(timeout=30)
+            finally:
+                server.kill()
+
+
+def ask(url: str, body: dict[str, Any] | None = None, timeout: float = 30) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout) as answer:
+        return answer.read().decode()
+
+
+def wait_for(url: str, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            ask(f"{url}/health", timeout=5)
+        except (urllib.error.URLError, ConnectionError):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        else:
+            return
+
+
+def conversation(url: str) -> list[Any]:
+    """A completion, a longer one of something else, and a streamed one."""
+    base = {"model": str(TINY), "prompt": PROMPT, "max_tokens": NEW}
+    more: list[dict[str, Any]] = [{}, {"prompt": "A class definition", "max_tokens": 2 * NEW}, {"stream": True}]
+    texts = []
+    for options in more:
+        answer = ask(f"{url}/v1/completions", base | options)
+        chunks = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+        texts.append("".join(choice["text"] for chunk in chunks for choice in json.loads(chunk)["choices"]))
+    return texts
+
+
+def test_transformers_serve_answers_the_same_and_fast(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("transformers")
+    logs = tmp_path / "plain.log", tmp_path / "patched.log"
+    with serving(program, log=logs[0]) as plain, serving(*RUN, "--report", program, log=logs[1]) as patched:
+        wait_for(plain, logs[0])
+        wait_for(patched, logs[1])
+        expected = conversation(plain)
+        assert conversation(patched) == expected
+    assert len(set(expected)) == 2
+    assert "gated DeltaNet" not in logs[0].read_text()
+    assert fast_steps(logs[1].read_text()) == [2 * (NEW - 1) + 2 * NEW - 1] * LINEAR
+
+
+def imported(**options: Any) -> None:
+    """What the hook on an import does."""
+    api.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
+
+
+def test_only_classes_of_the_imported_module_are_patched() -> None:
+    before = vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"]
+    model, other = build(), build("qwen3_next")
+    imported()
+    assert vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"] is not before
+    assert torch.equal(generate(model), generate(build()))
+    generate(other)
+    assert qf.status(model).fast_steps == LINEAR * 7
+    assert qf.status(other).fast_steps == 0
+    qf.unpatch()
+    assert vars(modeling_qwen3_5.Qwen3_5GatedDeltaNet)["forward"] is before
+
+
+SLOW = """\
+import threading
+go_on = threading.Event()
+go_on.wait(60)
+SlowGatedDeltaNet = object
+"""
+
+
+def test_a_module_that_another_thread_imports_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread may be about to patch it, and wait for us."""
+    write(tmp_path / "slow_model.py", SLOW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(seams, "load_seams", lambda: (seams.Seam("slow", "slow_model", "SlowGatedDeltaNet", "", {}),))
+    importing = threading.Thread(target=importlib.import_module, args=("slow_model",))
+    importing.start()
+    while not hasattr(sys.modules.get("slow_model"), "go_on"):
+        time.sleep(0.01)
+    found: list[list[seams.Upstream]] = []
+    looking = threading.Thread(target=lambda: found.append([*seams.upstream_classes(import_missing=False)]))
+    looking.start()
+    looking.join(20)
+    waited = looking.is_alive()
+    sys.modules["slow_model"].go_on.set()
+    importing.join()
+    looking.join()
+    assert not waited
+    assert found == [[]]
+
+
+def test_layers_that_are_gone_stay_in_the_report_if_they_are_kept() -> None:
+    for keep in (False, True):
+        imported(keep=keep)
+        generate(build())
+        assert qf.status().fast_steps == (LINEAR * 7 if keep else 0)
+        assert [layer.reason for layer in qf.status().layers] == ["no longer there"] * LINEAR * keep
+        qf.unpatch()
+    assert qf.status().layers == ()
+
+
+def test_unknown_code_is_left_with_a_warning_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    upstream = modeling_qwen3_5.Qwen3_5RMSNormGated.forward
+    monkeypatch.setattr(modeling_qwen3_5.Qwen3_5RMSNormGated, "forward", lambda *args: 1 * upstream(*args))
+    with pytest.raises(qf.UnknownUpstream, match="--no-strict"):
+        imported()
+    with pytest.warns(UserWarning, match=r"Qwen3_5GatedDeltaNet stays with upstream: .*patched by somebody else"):
+        imported(strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build()
+        generate(model)
+    assert qf.status(model).fast_steps == 0

@@ -1,0 +1,129 @@
+"""Compiles the shipped tiles for a GPU that is not there and reads the machine code.
+
+Must run outside Triton's interpreter; `test_offline_compile` starts it as a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton import tiles
+from qwen_fastdecode.ops.triton.tiles import Tile
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+KINDS = {"NVIDIA H100 80GB HBM3": "sm_90"}  # GPUs with rows of their own in the table
+D, HK, R = 128, 16, 2  # the real sizes
+
+
+def shipped(arch: str) -> dict[str, Tile]:
+    """The tiles of the table for one architecture, and the one for several tokens a sequence."""
+    gpus = [arch, *(gpu for gpu, built_as in KINDS.items() if built_as == arch)]
+    found = {f"{gpu}, up to {row.max_work}": row.tile for gpu in gpus for row in tiles.shipped()[gpu]}
+    return {**found, "several tokens": tiles.whole_head(D)}
+
+
+def arguments(T: int) -> tuple[torch.Tensor, ...]:
+    """Views of qwen3_next's projections for B = 4, on the CPU: their strides and alignment are what matters."""
+    B, dtype, C = 4, torch.bfloat16, 2 * HK * D + HK * R * D
+    q, k, v, z = torch.empty(B * T, HK, 2 * D + 2 * R * D, dtype=dtype).split([D, D, R * D, R * D], dim=2)
+    b, a = torch.empty(B * T, HK, 2 * R, dtype=dtype).split([R, R], dim=2)
+    states = torch.empty(B, C, 4, dtype=dtype), torch.empty(B, HK * R, D, D)
+    weights = [torch.empty(*shape, dtype=dtype) for shape in [(C, 4), (HK * R,), (HK * R,), (D,)]]
+    return q, k, v.unflatten(2, (R, D)), z.unflatten(2, (R, D)), b, a, *states, *weights
+
+
+def compile_for(arch: str, tile: Tile, T: int) -> Any:
+    """The compiled kernel, specialised by Triton itself on the launcher's own arguments."""
+    hip = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
+    device = {"get_current_device": 0, "get_current_stream": 0, "get_current_target": target}
+    driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
+    torch.version.hip = arch if hip else None
+    tensors = arguments(T)
+    heads, programs = (0, HK * R), 10**6
+    kernel, numbers, layout, options, _ = triton_backend.describe(tensors, 1e-6, "silu", None, heads, tile, programs)
+    kernel.device_caches.clear()
+    out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
+    return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)
+
+
+def read_nvidia(compiled: Any) -> dict[str, int]:
+    """Counts in the machine code, by Triton's own cuobjdump."""
+    tool = Path(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", code)
+
+    def count(pattern: str) -> int:
+        return sum(re.match(pattern, instruction) is not None for instruction in instructions)
+
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", usage)[1]) + count("LDL|STL"),
+        "shared bytes": compiled.metadata.shared,
+        "instructions": len(instructions) - count("NOP"),
+        "barriers": count("BAR"),
+        "shuffles": count("SHFL"),
+        "128-bit loads": count(r"LDG\S*\.128"),
+        "128-bit stores": count(r"STG\S*\.128"),
+    }
+
+
+def read_amd(compiled: Any) -> dict[str, int]:
+    """The same counts in AMD's assembly."""
+    code = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count"),
+        "shared bytes": compiled.metadata.shared,
+        "instructions": len(re.findall(r"^\s+(?:[vs]|ds|global|buffer)_\w+", code, re.MULTILINE)),
+        "barriers": code.count("s_barrier"),
+        "shuffles": len(re.findall(r"ds_bpermute|ds_swizzle|_dpp|v_permlane", code)),
+        "128-bit loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "128-bit stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", code)),
+    }
+
+
+def rows(arch: str) -> list[dict[str, Any]]:
+    read = read_amd if arch.startswith("gfx") else read_nvidia
+    return [
+        {"arch": arch, "work": work, **tile._asdict(), **read(compile_for(arch, tile, T=2 if "tokens" in work else 1))}
+        for work, tile in shipped(arch).items()
+    ]
+
+
+def main() -> None:
+    """Prints a table; with an architecture as argument, that one's rows as JSON."""
+    if sys.argv[1:]:
+        print(json.dumps(rows(sys.argv[1])))
+        return
+    found = [row for arch in ARCHITECTURES for row in rows(arch)]
+    print("  ".join(found[0]))
+    for row in found:
+        print("  ".join(str(value).rjust(len(name)) for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The machine code of the shipped tiles, compiled without a GPU: what makes the kernel fast is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("offline_compile.py")
+LARGE_BATCH = 256 * 16  # sequences x key heads
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_machine_code(arch: str, tmp_path: Path) -> None:
+    rows = compile_shipped_tiles(arch, tmp_path)
+    for row in rows:
+        print(row)  # shown with -s, and when a check fails
+        threads = row["num_warps"] * (64 if arch == "gfx942" else 32)
+        share = 128 * row["block_v"] // threads // 4  # of the state tile, four floats at a time
+        assert row["spills"] == 0
+        assert row["128-bit loads"] >= share
+        assert row["128-bit stores"] >= share
+        # Only the columns' partial sums pass through shared memory, a few rows a warp, never the tile itself.
+        assert row["shared bytes"] <= 4 * 4 * row["num_warps"] * row["block_v"]
+    if arch == "sm_90":
+        large = next(row for row in rows if int(row["work"].rpartition(" ")[2]) >= LARGE_BATCH)
+        # As many programs fit on a multiprocessor as with 128 registers a thread at 4 warps: four, 32 KiB each.
+        assert large["registers"] * large["num_warps"] <= 128 * 4
+        assert large["shuffles"] < 100
+
+
+def compile_shipped_tiles(arch: str, cache: Path) -> list[dict]:
+    """A row of counts for each tile, from a process of its own: this one's Triton interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment["PYTHONPATH"] = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, SCRIPT, arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,86 @@
+"""The tile table, the user's own table over it, and what is made of a broken one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from offline_compile import ARCHITECTURES, KINDS
+
+from qwen_fastdecode.ops.triton import tiles
+from qwen_fastdecode.ops.triton.tiles import Tile
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's table, in an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles.tuned.cache_clear()
+    yield tiles.cache_file()
+    tiles.tuned.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("DV", [8, 64, 128, 256])
+def test_every_work_has_a_tile(arch: str, DV: int, cache: Path) -> None:
+    for work in (1, 16, 128, 129, 4096, 10**12):
+        tile = tiles.lookup(arch, "some GPU", work, DV)
+        assert 16 <= tile.block_v <= tiles.power_of_two(DV)
+        assert tile.block_v & (tile.block_v - 1) == 0
+        assert tile.num_warps in (1, 2, 4, 8, 16)
+
+
+def test_a_kind_of_gpu_may_have_rows_of_its_own(cache: Path) -> None:
+    assert set(tiles.shipped()) == {*ARCHITECTURES, *KINDS}  # each is compiled by test_offline_compile
+    for gpu, arch in KINDS.items():
+        assert tiles.lookup(arch, gpu, 4096, 128) == tiles.shipped()[gpu][-1].tile
+        assert tiles.lookup(arch, "another", 4096, 128) == tiles.shipped()[arch][-1].tile
+        assert tiles.shipped()[gpu] != tiles.shipped()[arch]  # else they are not needed
+
+
+def test_rows_are_read_by_work() -> None:
+    small, large = tiles.shipped()["sm_90"][0], tiles.shipped()["sm_90"][-1]
+    assert tiles.lookup("sm_90", "", small.max_work, 128) == small.tile
+    assert tiles.lookup("sm_90", "", small.max_work + 1, 128) == large.tile
+
+
+@pytest.mark.parametrize(
+    ("arch", "closest"),
+    [
+        ("sm_80", "sm_80"),
+        ("sm_75", "sm_80"),
+        ("sm_86", "sm_80"),
+        ("sm_89", "sm_80"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("gfx90a", "gfx942"),
+        ("gfx950", "gfx942"),
+        ("gfx1100", "gfx942"),
+    ],
+)
+def test_an_unknown_architecture_takes_the_closest(arch: str, closest: str) -> None:
+    assert tiles.closest(arch) == closest
+
+
+def test_tuned_tiles_win_on_their_kind_of_gpu(cache: Path) -> None:
+    tuned = [{"device": "Mine", "max_work": w, **Tile(32, n, 2, 96)._asdict()} for w, n in [(64, 4), (1000, 8)]]
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({"tile": tuned[::-1]}))
+    assert [tiles.lookup("sm_90", "Mine", work, 128).num_warps for work in (64, 65, 5000)] == [4, 8, 8]
+    assert tiles.lookup("sm_90", "Other", 64, 128) == tiles.shipped()["sm_90"][0].tile
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"tile": [{"device": "Mine"}]}', '{"tile": 3}'])
+def test_a_broken_table_is_an_error_that_says_what_to_do(text: str, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    with pytest.raises(ValueError, match=r"tiles\.json: not a tile table .*delete it or run `qwen-fastdecode tune`"):
+        tiles.lookup("sm_90", "Mine", 1, 128)
+
+
+@pytest.mark.parametrize("DV", [16, 64, 128])
+def test_candidates_cover_a_head(DV: int) -> None:
+    for tile in tiles.candidates(DV):
+        assert DV % tile.block_v == 0
+    assert len(set(tiles.candidates(128))) == len(tiles.candidates(128))

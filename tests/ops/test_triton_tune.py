@@ -1,0 +1,94 @@
+"""`qwen-fastdecode tune`, in Triton's interpreter: what it measures means nothing, what it keeps is what is used."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_fastdecode import BackendUnavailable
+from qwen_fastdecode.cli import tune
+from qwen_fastdecode.cli.tune import Heads, Measured
+from qwen_fastdecode.errors import BadInput
+from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton import tiles
+from qwen_fastdecode.ops.triton.tiles import Tile
+
+CPU = torch.device("cpu")
+SMALL = Heads(HK=1, R=2, D=16)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's table, in an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles.tuned.cache_clear()
+    yield tiles.cache_file()
+    tiles.tuned.cache_clear()
+
+
+def command(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    tune.add_parser(parser.add_subparsers())
+    return parser.parse_args(["tune", *arguments])
+
+
+def test_command_keeps_a_tile_for_each_batch(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "BATCHES", (1, 2))
+    monkeypatch.setattr(tiles, "candidates", lambda DV: [Tile(DV, 8), Tile(DV, 4, 2)])
+    args = command("--device", "cpu", "--key-heads", "1", "--value-heads", "2", "--head-dim", "16")
+    assert args.run(args) == 0
+    assert [len(tiles.tuned()["cpu"]), tiles.tuned()["cpu"][-1].max_work] == [2, tune.UNLIMITED]
+    printed = capsys.readouterr().out
+    assert "batch    1:" in printed
+    assert str(cache) in printed
+
+
+def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {Tile(16, 4): 3.0, Tile(16, 8): 1.0, Tile(16, 2): None}  # None: does not compile
+    monkeypatch.setattr(tiles, "candidates", lambda _: list(times))
+    monkeypatch.setattr(triton_backend, "table_tile", lambda *_: Tile(16, 4))
+    monkeypatch.setattr(tune, "_time", lambda _, tile, __: times[tile])
+    heard: list[str] = []
+    assert tune.tune(CPU, SMALL, (3,), heard.append) == [Measured(3, Tile(16, 8), 1.0, Tile(16, 4), 3.0)]
+    assert heard[0] == "batch 3: 16 columns, 4 warps"
+
+
+def test_kept_tiles_serve_the_works_around_their_batch(cache: Path) -> None:
+    found = [Measured(batch, Tile(128, warps), 1.0, Tile(64, 4), 2.0) for batch, warps in [(1, 16), (4, 8), (64, 4)]]
+    tune.save("Mine", Heads(16, 2, 128), found)
+    tune.save("Other", Heads(16, 2, 128), found[:1])
+    works = (16, 32, 33, 256, 257, 10**9)  # the limits are between batches 1 and 4, and 4 and 64
+    assert [tiles.lookup("sm_90", "Mine", work, 128).num_warps for work in works] == [16, 16, 8, 8, 4, 4]
+    assert tiles.lookup("sm_90", "Other", 10**9, 128).num_warps == 16
+
+
+def test_a_wrong_tile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "decode_triton", lambda q, *_, **__: torch.zeros(q.shape[0], 32))
+    with pytest.raises(RuntimeError, match="computes something else than the PyTorch backend on cpu"):
+        tune.tune(CPU, SMALL, (1,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "nonsense"], "--device: 'nonsense' is no device"),
+        (["--device", "cpu", "--value-heads", "17"], "--value-heads 17 is not a multiple of --key-heads 16"),
+        (["--device", "cpu", "--head-dim", "0"], "a size is not positive"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    args = command(*arguments)
+    with pytest.raises(BadInput, match=message):
+        args.run(args)
+
+
+def test_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    args = command("--device", "cpu")
+    with pytest.raises(BackendUnavailable, match="nothing to tune on cpu: Triton needs a CUDA or ROCm device"):
+        args.run(args)
