@@ -86,7 +86,7 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
             install.on_import(module, patch)
 
     def patch(module: ModuleType) -> None:
-        from ..api import patch_imported  # imports torch, which now is there
+        from ..layer.everything import patch_imported  # imports torch, which now is there
 
         patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
 
