@@ -19,6 +19,11 @@ torch.set_num_threads(1)  # tests run side by side
 torch.use_deterministic_algorithms(True)  # fills torch.empty and its kin: whoever reads before writing reads NaN
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker begins one when the others have nothing left."""
+    items.sort(key=lambda item: "slow" not in item.keywords and "ranks" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test begins and ends with upstream as it is."""

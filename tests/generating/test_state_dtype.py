@@ -219,6 +219,7 @@ def test_a_compiled_step_is_one_graph_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_step_on_narrow_states() -> None:
     torch._dynamo.reset()
     model, recorder = small(), Recorder()
@@ -230,6 +231,7 @@ def test_generate_compiles_one_step_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_prompt_leaves_the_state_as_it_is() -> None:
     torch._dynamo.reset()
