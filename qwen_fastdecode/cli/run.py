@@ -95,7 +95,7 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
 
 def print_report() -> None:
     """The table of `status()`, without importing what the program did not."""
-    api = sys.modules.get(f"{__package__}.api")
+    api = sys.modules.get(f"{__package__.rpartition('.')[0]}.api")
     print(Status((), (NOTHING,)) if api is None else api.status(), file=sys.stderr)
 
 

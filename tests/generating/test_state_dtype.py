@@ -121,6 +121,20 @@ def test_generate(options: dict[str, Any]) -> None:
     assert qf.status(model).fallbacks == {"more than one token": LINEAR}
 
 
+def test_a_padded_prompt_leaves_the_rounded_state_of_upstream() -> None:
+    """Left padding puts a mask on the prompt's pass, and none on the steps that decode from it."""
+    model, mask = build(), torch.ones_like(PROMPT)
+    mask[0, :2] = 0
+    _, upstream = forward(model, PROMPT, attention_mask=mask)
+    assert not torch.equal(read_states(upstream, 0).recurrent, read_states(forward(model, PROMPT)[1], 0).recurrent)
+    qf.patch(model, state_dtype=BF16)
+    _, cache = forward(model, PROMPT, attention_mask=mask)
+    assert dtypes(model, cache) == [BF16] * LINEAR
+    for layer in linear_layers(model):
+        narrow, wide = (read_states(each, layer.layer_idx).recurrent for each in (cache, upstream))
+        assert torch.equal(narrow, wide.to(BF16))
+
+
 @torch.no_grad()
 def test_a_step_rounds_the_state_once() -> None:
     """Against the reference, from the rounded state of the prompt's end."""
@@ -221,6 +235,7 @@ def test_a_compiled_step_is_one_graph_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_step_on_narrow_states() -> None:
     torch._dynamo.reset()
     model, recorder = small(), Recorder()
@@ -232,6 +247,7 @@ def test_generate_compiles_one_step_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_prompt_leaves_the_state_as_it_is() -> None:
     torch._dynamo.reset()

@@ -18,16 +18,22 @@ def arguments(step: Step, backend: str) -> tuple:
     return *step.tensors, *scalars, backend, options["cu_seqlens"], *options["heads"]
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+STEPS: list[dict] = [
+    {},
+    {"T": 2},
+    {"lengths": [1, 2]},
+    {"heads": (2, 2)},
+    {"dtype": torch.float32, "gate": "sigmoid"},
+    {"beta_scale": 2.0},
+]
+
+
 @pytest.mark.parametrize(
-    "step",
+    ("step", "backend"),
     [
-        {},
-        {"T": 2},
-        {"lengths": [1, 2]},
-        {"heads": (2, 2)},
-        {"dtype": torch.float32, "gate": "sigmoid"},
-        {"beta_scale": 2.0},
+        pytest.param(step, backend, marks=[pytest.mark.slow] if step and backend == "triton" else [])
+        for step in STEPS
+        for backend in ("auto", "torch", "triton")
     ],
     ids=str,
 )

@@ -72,6 +72,13 @@ DRIFTS = {
         "its forward takes arguments that the fast step does not know: scale",
     ),
     "a renamed argument": Drift(LAYER, "cache_params", "past", "arguments that the fast step does not know: past"),
+    "an output of NaN": Drift(LAYER, "return output", "return output * float('nan')", rf"{OUTPUT} nan, "),
+    "a state of NaN": Drift(
+        RULE,
+        "core_attn_out = core_attn_out.t",
+        "last_recurrent_state = last_recurrent_state * float('nan')\n    core_attn_out = core_attn_out.t",
+        "recurrent state by nan",
+    ),
     "more in the cache": Drift(LAYER, "return output", KEEPS_MORE, "upstream's own output after fast steps by"),
     "a constructor that fails": Drift(
         LAYER, "super().__init__()", "super().__init__(config)", "a small layer cannot be built: TypeError"

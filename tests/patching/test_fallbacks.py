@@ -422,8 +422,19 @@ def same(actual: Any, expected: Any) -> bool:
     return repr(actual) == repr(expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(
+            family,
+            case,
+            id=f"{family}-{case.name}",
+            marks=[pytest.mark.slow] if (family, case.act) == ("qwen3_next", exporting) else [],
+        )
+        for family in ("qwen3_next", "qwen3_5")
+        for case in CASES
+    ],
+)
 def test_a_fallback_is_counted_and_upstreams_to_the_bit(case: Case, family: str) -> None:
     expected = outcome(case, build(family))
     model = build(family)
