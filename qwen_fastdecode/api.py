@@ -150,6 +150,7 @@ def status(model: nn.Module | None = None) -> Status:
     """How the layers of `model`, or with None all patched layers, have decoded so far."""
     if model is not None:
         check_model(model)
+    switched_off()  # has compiled steps heed the switch as it is now
     with everything.lock:
         if model is not None:
             layers = find_layers(model)

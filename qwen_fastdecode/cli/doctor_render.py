@@ -10,14 +10,13 @@ from rich.text import Text
 from .. import __version__
 from ..layer.review import State
 from ..layer.selftest import STEPS, dtype_name
-from .doctor import ABSENT, FAILS_HERE, LIMITS, Diagnosis, Numeric, Seam, Serving
+from .doctor import ABSENT, LIMITS, Diagnosis, Numeric, Seam, Serving
 
 GOOD, DOUBTFUL, BAD, PALE = "green", "yellow", "bold red", "dim"
 STYLES = {
     State.REVIEWED.value: GOOD,
     State.VERIFIED.value: DOUBTFUL,
     State.REFUSED.value: BAD,
-    FAILS_HERE: BAD,
     ABSENT: PALE,
 }
 

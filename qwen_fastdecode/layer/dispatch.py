@@ -83,9 +83,9 @@ def _refused_in_graphs(plan: Plan, layer: Any, states: States) -> bool:
     """Of what a backend refuses, that which would otherwise show only when the graph runs."""
     if overlaps(states.conv) or overlaps(states.recurrent):
         return True
-    tensors = (*states, *plan.family.weights(layer))
-    on_triton = plan.strategy.backends.on(states.conv.device).name == "triton"
-    return on_triton and any(x.dtype == torch.float64 for x in tensors)
+    if all(x.dtype != torch.float64 for x in (*states, *plan.family.weights(layer))):
+        return False
+    return plan.strategy.backends.on(states.conv.device).name == "triton"  # (a look-up that Dynamo would guard)
 
 
 def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import judge_upstream
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwen_fastdecode.cli.compare import command
@@ -72,6 +73,7 @@ def test_the_states_dtype_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_text_exits_with_1_and_claims_no_speed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    judge_upstream()
     right = backends.decode_torch
     monkeypatch.setattr(backends, "decode_torch", lambda *args, **kwargs: -right(*args, **kwargs))
     data, plot = tmp_path / "data.json", tmp_path / "plot.png"

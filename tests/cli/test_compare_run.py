@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import judge_upstream
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,9 +38,10 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 def break_backend(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Has `change` (output, conv state, recurrent state) -> output after every fast step."""
     right = backends.decode_torch
+    judge_upstream()
 
-    def decode(*args: Any, **kwargs: Any) -> Tensor:
-        return change(right(*args, **kwargs), args[6], args[7])
+    def decode(step: Any, recipe: Any) -> Tensor:
+        return change(right(step, recipe), *step.states)
 
     monkeypatch.setattr(backends, "decode_torch", decode)
 

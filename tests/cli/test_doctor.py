@@ -25,6 +25,7 @@ REMARK = ("beta = b.sigmoid()", "beta = b.sigmoid()  # of every head")
 
 def examine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
     """The exit code, the verdict and all that came before it."""
+    guard._verdicts.clear()  # as in a process of its own
     monkeypatch.setenv("COLUMNS", "80")
     capsys.readouterr()
     code = main(["doctor"])
@@ -70,10 +71,10 @@ def test_verified_code_is_a_warning_with_the_entry_to_add(
     known = (*load_seams(), Seam("qwen3_5", MODULE.__name__, LAYER, **added))
     monkeypatch.setattr(seams, "load_seams", lambda: known)
     monkeypatch.setattr(doctor, "load_seams", lambda: known)
-    guard._review.cache_clear()
+    guard._verdicts.clear()
     code, verdict, before = examine(capsys, monkeypatch)
     assert (code, verdict) == (0, "")
-    guard._review.cache_clear()
+    guard._verdicts.clear()
 
 
 def test_refused_code_cannot_be_patched(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_refused_code_cannot_be_patched(capsys: pytest.CaptureFixture[str], monk
     assert code == 2
     assert "and the self-test failed: in float32 these differ from upstream's: output by" in verdict
     assert "Upgrade qwen-fastdecode" in verdict
-    assert "patches/qwen3_5.toml" in before
+    assert "[[seam]]" not in before  # pasted, it would bless what is wrong
 
 
 def test_somebody_elses_patch_cannot_be_patched(
@@ -105,10 +106,10 @@ def negated(right: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_window(right: Callable[..., Any]) -> Callable[..., Any]:
-    def decode(*args: Any, **kwargs: Any) -> Any:
-        before = args[6].clone()
-        out = right(*args, **kwargs)
-        args[6].copy_(before)
+    def decode(step: Any, recipe: Any) -> Any:
+        before = step.states.conv.clone()
+        out = right(step, recipe)
+        step.states.conv.copy_(before)
         return out
 
     return decode

@@ -27,7 +27,7 @@ from transformers import pipeline
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import qwen_fastdecode as qf
-from qwen_fastdecode import api
+from qwen_fastdecode.layer import everything
 from qwen_fastdecode.upstream import seams
 
 NEW = 12
@@ -148,7 +148,7 @@ def test_transformers_serve_answers_the_same_and_fast(tmp_path: Path) -> None:
 
 def imported(**options: Any) -> None:
     """What the hook on an import does."""
-    api.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
+    everything.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
 
 
 def test_only_classes_of_the_imported_module_are_patched() -> None:
