@@ -19,12 +19,8 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from ..layer import install
-from ..names import BACKENDS
 from ..report import Status
 
-DESCRIPTION = """\
-Runs a program as python would, with its own arguments and exit code. Models that it creates decode through the fast
-path. Options of this command go before SCRIPT or -m; everything after it is the program's."""
 NOTHING = "The program imported no model of a supported family."
 
 
@@ -34,24 +30,6 @@ class NotFound(Exception):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser(
-        "run",
-        help="a program that you cannot edit, patched",
-        description=DESCRIPTION,
-        usage="%(prog)s [OPTIONS] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, parser=parser)
-    add = parser.add_argument
-    add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
-    add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
-    add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
-    add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
-    add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,24 @@ def test_a_wrong_result_on_this_machine_is_found(
 def test_the_kill_switch_is_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN_FASTDECODE", "0")
     assert examine(capsys, monkeypatch)[:2] == (1, "- QWEN_FASTDECODE=0 is set: the fast path is switched off.")
+
+
+def test_one_json_object(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_FASTDECODE", "0")
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["schema_version"], found["exit_code"], found["problems"]) == (1, 1, [])
+    assert found["warnings"] == ["QWEN_FASTDECODE=0 is set: the fast path is switched off"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert {family["family"] for family in found["families"]} == {seam.family for seam in load_seams()}
+    assert all(row["right"] for row in found["numeric"])
+
+
+def test_a_block_to_paste_into_an_issue(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--issue"]) == 0
+    block = capsys.readouterr().out
+    assert block.startswith("<details><summary>qwen-fastdecode doctor</summary>\n\n```\n")
+    assert block.endswith("All well.\n```\n\n</details>\n")
 
 
 def test_a_gpu_that_pytorch_serves_is_a_warning() -> None:
