@@ -8,7 +8,6 @@ and processes that multiprocessing spawns still look for it.
 from __future__ import annotations
 
 import argparse
-import atexit
 import builtins
 import importlib.util
 import os
@@ -18,10 +17,10 @@ from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoad
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
+from ..errors import PatchError
 from ..layer import install
-from ..report import Status
-
-NOTHING = "The program imported no model of a supported family."
+from .arguments import Exit
+from .run_report import Report
 
 
 class NotFound(Exception):
@@ -36,10 +35,13 @@ def run(args: argparse.Namespace) -> int:
     """Runs the program to its end. What it raises comes through, without this package's frames in the traceback."""
     if not args.program:
         args.parser.error("expected a SCRIPT, or -m and a MODULE")
+    if args.backend == "triton" and importlib.util.find_spec("triton") is None:
+        args.parser.error("--backend triton: triton is not installed")
     name, *arguments = args.program
-    patch_imports(args.backend, strict=args.strict, keep=args.report)
+    report = Report()
+    refused = patch_imports(args.backend, strict=args.strict, keep=args.report, report=report)
     if args.report:
-        atexit.register(print_report)
+        report.at_exit()
     try:
         sys.argv = ["-m" if args.module else name, *arguments]
         main, code = load_module(name) if args.module else load_script(name)
@@ -51,11 +53,15 @@ def run(args: argparse.Namespace) -> int:
     except BaseException as error:
         hide_our_frames(error)
         raise
-    return 0
+    return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
-    """Has every supported family patched as soon as the program has imported it, and not earlier."""
+def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report) -> list[PatchError]:
+    """Has every supported family patched as soon as the program has imported it, and not earlier.
+
+    Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
+    """
+    refused: list[PatchError] = []
 
     def families(_: ModuleType) -> None:
         from ..upstream.seams import load_seams  # imports Transformers, which now is there
@@ -66,15 +72,27 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
     def patch(module: ModuleType) -> None:
         from ..layer.everything import patch_imported  # imports torch, which now is there
 
-        patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
+        try:
+            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
+        except PatchError as error:
+            if str(error) not in map(str, refused):
+                print(f"qwen-fastdecode run: {' '.join(str(error).split())}", file=sys.stderr)
+            refused.append(error)
+            # Transformers would turn an Exception into a ModuleNotFoundError.
+            raise SystemExit(int(Exit.BAD_INPUT)) from error
+        report.refused += refusals(module.__name__)
 
     install.on_import("transformers", families)
+    return refused
 
 
-def print_report() -> None:
-    """The table of `status()`, without importing what the program did not."""
-    api = sys.modules.get(f"{__package__.rpartition('.')[0]}.api")
-    print(Status((), (NOTHING,)) if api is None else api.status(), file=sys.stderr)
+def refusals(module: str) -> list[str]:
+    """Why classes of an imported module are left to Transformers."""
+    from ..layer.review import review
+    from ..upstream.seams import upstream_classes
+
+    ours = [x for x in upstream_classes(import_missing=False) if x.layer_class.__module__ == module]
+    return [f"{x.label} stays with upstream: {error}." for x in ours if (error := review(x).error) is not None]
 
 
 def load_script(path: str) -> tuple[ModuleType, CodeType]:
