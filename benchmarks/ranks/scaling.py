@@ -117,7 +117,7 @@ def plot(step: Step, layers: int, path: Path) -> None:
             axis.set_ylim(0, None)
         else:
             axis.set_yscale("symlog", linthresh=0.01)  # one rank receives nothing
-            axis.set_ylim(0, None)
+            axis.set_ylim(0, 3 * axis.get_ylim()[1])
         axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.tight_layout()

@@ -47,7 +47,8 @@ print(work(sys.argv[1]))
 def fast_steps(report: str) -> list[int]:
     """Of each layer, from the table on stderr."""
     assert f"{LINEAR} of {LINEAR} gated DeltaNet layers covered" in report, report
-    return [int(count) for count in re.findall(r"GatedDeltaNet\[\d\] +\S+ +torch +(\d+)", report)]
+    rows = re.findall(r"(?:(\d+) x )?\w+GatedDeltaNet\[.\] +\S+ +torch +(\d+)", report)  # equal layers are one row
+    return [int(count) for layers, count in rows for _ in range(int(layers or 1))]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_unknown_code_is_named(strict: bool, tmp_path: Path) -> None:
     done = python(*RUN, *options, "--report", "program.py", cwd=tmp_path)
     assert (done.stdout, done.returncode) == (("", 2) if strict else ("went on\n", 0)), done.stderr
     assert "Qwen3_5GatedDeltaNet" in done.stderr
-    assert ("stays with upstream" in done.stderr.splitlines()[-2]) is not strict
+    assert any("stays with upstream" in line for line in done.stderr.splitlines()[-3:]) is not strict
 
 
 FORKING = """\
