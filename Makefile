@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SLIM   := $(VENV)/.ready-to-run
 READY  := $(VENV)/.ready-to-test
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+PIP    := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 HEADS  := build/real-heads
 export OMP_NUM_THREADS ?= 1 # steps this small lose by more threads, and tests run side by side
 
