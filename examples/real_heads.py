@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
 
 TOKENIZER = Path(__file__).parent / "checkpoints" / "qwen3_next-tiny"
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="FOLDER", type=Path, help="where the checkpoint goes")
     out = parser.parse_args().out
+    transformers.logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(Qwen3NextConfig(**CONFIG, vocab_size=len(tokenizer), initializer_range=0.1))

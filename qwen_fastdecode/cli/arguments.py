@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -136,9 +139,26 @@ def _command(module: str) -> Callable[[argparse.Namespace], int]:
     """A command's `run`, whose module is imported when it is called: most bring torch and Transformers."""
 
     def run(args: argparse.Namespace) -> int:
-        return int(importlib.import_module(module, __package__).run(args))
+        with _ended_by_interrupts():
+            command = importlib.import_module(module, __package__)
+        return int(command.run(args))
 
     return run
+
+
+@contextmanager
+def _ended_by_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process by the signal, at once: raised in the middle of torch's import it makes odd errors."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # not where it is ignored, as in a background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def at_least(minimum: int) -> Any:

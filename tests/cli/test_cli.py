@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -296,6 +297,23 @@ def test_prompts_as_json_lines_in_the_chat_template(tmp_path: Path, capsys: pyte
 def test_a_device_map(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", TINY, *FEW[:4], "--device-map", "auto", "--dtype", "bf16"]) == 0
     assert "bfloat16 on cpu" in capsys.readouterr().out
+
+
+def test_an_interrupt_in_the_first_seconds_ends_it_in_silence(tmp_path: Path) -> None:
+    """While torch is imported: an exception in the middle of that could turn into any other."""
+    (tmp_path / "torch.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)")
+    # Where the tests run in a background, the signal is ignored, and that is inherited.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += "import sys, qwen_fastdecode.cli.main as cli; sys.exit(cli.main(['doctor']))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "ready\n"
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=30)
+    assert (command.returncode, errors) == (-signal.SIGINT, "")
 
 
 def test_help_and_version_import_nothing_heavy() -> None:
