@@ -301,7 +301,7 @@ def main() -> int:
     ]
     for path in stale:
         if check:
-            print(f"{path.relative_to(ROOT)} is not what the results say: make figures", file=sys.stderr)
+            print(f"{path} is not what the results say: make figures", file=sys.stderr)
         else:
             path.write_text(documents()[path], encoding="utf-8", newline="\n")
     return int(check and bool(stale))

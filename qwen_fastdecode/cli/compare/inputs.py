@@ -26,10 +26,10 @@ HUB_TIMEOUT = 10.0  # seconds; loading would try again and again for half a minu
 
 
 def require(*packages: str) -> None:
-    """The packages of the extra `compare`. Raises BadInput if one is not installed."""
+    """Raises BadInput if a package is not installed: one of the extra `compare`, or an installation without its own."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInput(f"{' and '.join(missing)} not installed: pip install 'qwen-fastdecode[compare]'")
+        raise BadInput(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
