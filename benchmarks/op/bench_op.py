@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import hush  # noqa: F401
 from benchmarks.op.op_layers import (
     HK,
     HV,
@@ -89,7 +90,12 @@ def measure(case: Case, rounds: int) -> dict[str, Measured]:
     torch.set_num_threads(1)
     setup = Setup(case.batch, case.layers)
     measured = {side: Measured([]) for side in SIDES}
-    for number in track(range(rounds + 1), description=f"batch {case.batch}, memory {case.memory}", transient=True):
+    for number in track(
+        range(rounds + 1),
+        description=f"batch {case.batch}, memory {case.memory}",
+        transient=True,
+        disable=not sys.stdout.isatty(),
+    ):
         for side, result in measured.items():
             with SIDES[side](setup):
                 before = _page_faults()
@@ -106,7 +112,6 @@ def measure(case: Case, rounds: int) -> dict[str, Measured]:
 def in_fresh_process(case: Case, rounds: int) -> dict[str, Measured]:
     """`measure` in a process whose allocator, which reads its settings once, does as the case says."""
     settings = {name: str(size) for name, size in MEMORY[case.memory].items()}
-    settings["KINETO_LOG_LEVEL"] = "99"  # the profiler that counts memory would announce itself
     os.environ.update(settings)
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
