@@ -10,7 +10,6 @@ import os
 import sys
 from dataclasses import replace
 from multiprocessing import util
-from typing import Any
 
 from ..report import Status
 
@@ -73,5 +72,8 @@ class Report:
 
 def _status() -> Status:
     """Without importing what the program did not."""
-    api: Any = sys.modules.get("qwen_fastdecode.api")
-    return Status(()) if api is None else api.status()
+    if "qwen_fastdecode.layer.everything" not in sys.modules:
+        return Status(())
+    from ..api import status
+
+    return status()

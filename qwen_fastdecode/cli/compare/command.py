@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from ...errors import BadInput
-from ...layer.eligibility import KILL_SWITCH
+from ...switch import KILL_SWITCH, switched_off
 from ..arguments import Exit
 from .inputs import (
     check_batch,
@@ -37,8 +37,9 @@ from .run import Settings, compare, told, total_runs
 def run(args: argparse.Namespace) -> int:
     """Raises BadInput or PatchError where the user has to change something."""
     require("rich", *(["matplotlib"] if args.plot else []))
-    if os.environ.get(KILL_SWITCH) == "0":
-        print(f"qwen-fastdecode: {KILL_SWITCH}=0 is set: there is nothing to compare", file=sys.stderr)
+    if switched_off():
+        said = os.environ[KILL_SWITCH]
+        print(f"qwen-fastdecode: {KILL_SWITCH}={said} is set: there is nothing to compare", file=sys.stderr)
         return Exit.SWITCHED_OFF
     prompts = read_prompts(args.prompt, args.prompts)
     check_batch(prompts, args.batch)

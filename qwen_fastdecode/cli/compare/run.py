@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qwen_fastdecode
 from qwen_fastdecode.errors import BadInput, PatchError
+from qwen_fastdecode.names import Backend
 from qwen_fastdecode.report import PatchReport
 from qwen_fastdecode.upstream.families import FAMILIES
 
@@ -37,7 +38,7 @@ class Settings:
 
     new_tokens: int = 64
     repeat: int = 5
-    backend: str = "auto"
+    backend: Backend = "auto"
     state_dtype: str | None = None  # None: upstream's
 
     def patched(self, model: Any) -> AbstractContextManager[PatchReport]:
