@@ -22,7 +22,10 @@ from qwen_fastdecode.cli.compare.memory import decode_step_bytes
 from qwen_fastdecode.cli.compare.plot import draw
 from qwen_fastdecode.cli.compare.result import SideFailed
 from qwen_fastdecode.cli.compare.run import Settings, Sides, compare, total_runs
+from qwen_fastdecode.layer.review import review
 from qwen_fastdecode.ops import backends
+from qwen_fastdecode.ops.step import Recipe, Step
+from qwen_fastdecode.upstream.seams import upstream_classes
 
 CHECKPOINTS = Path(__file__).parent.parent.parent / "examples" / "checkpoints"
 NAMES = ("qwen3_next-tiny", "qwen3_5-tiny")
@@ -39,10 +42,12 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 def break_backend(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     """Has `change` (output, conv state, recurrent state) -> output after every fast step."""
+    for upstream in upstream_classes(import_missing=True):
+        review(upstream)  # passes its self-test now, and is remembered
     right = backends.decode_torch
 
-    def decode(*args: Any, **kwargs: Any) -> Tensor:
-        return change(right(*args, **kwargs), args[6], args[7])
+    def decode(step: Step, recipe: Recipe) -> Tensor:
+        return change(right(step, recipe), *step.states)
 
     monkeypatch.setattr(backends, "decode_torch", decode)
 

@@ -27,7 +27,7 @@ from transformers import pipeline
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import qwen_fastdecode as qf
-from qwen_fastdecode import api
+from qwen_fastdecode.layer import everything
 from qwen_fastdecode.upstream import seams
 
 NEW = 12
@@ -215,7 +215,7 @@ def test_transformers_serve_answers_the_same_and_fast(tmp_path: Path) -> None:
 
 def imported(**options: Any) -> None:
     """What the hook on an import does."""
-    api.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
+    everything.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
 
 
 def test_only_classes_of_the_imported_module_are_patched() -> None:
@@ -245,7 +245,7 @@ def test_a_module_that_another_thread_imports_is_not_waited_for(
     """That thread may be about to patch it, and wait for us."""
     write(tmp_path / "slow_model.py", SLOW)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(seams, "load_seams", lambda: (seams.Seam("slow", "slow_model", "SlowGatedDeltaNet", "", {}),))
+    monkeypatch.setattr(seams, "_layers", lambda: {("slow_model", "SlowGatedDeltaNet"): ("slow", None)})
     importing = threading.Thread(target=importlib.import_module, args=("slow_model",))
     importing.start()
     while not hasattr(sys.modules.get("slow_model"), "go_on"):
