@@ -282,7 +282,7 @@ def filled(text: str, where: str) -> str:
         _, end, after = rest.partition(END)
         if name not in BLOCKS or not end:
             raise ValueError(f"{where}: no block {name!r}, or it has no end")
-        head += f"{BEGIN.format(name)}\n{BLOCKS[name]()}\n{END}{after}"
+        head += f"{BEGIN.format(name)}\n\n{BLOCKS[name]()}\n\n{END}{after}"
     return head
 
 
