@@ -1,7 +1,8 @@
-"""patch, unpatch, patched, status: look, check everything, and only then change anything."""
+"""patch, unpatch, patched, status, reset_counters: look, check everything, and only then change anything."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,21 +26,23 @@ from .layer.cover import (
 from .layer.everything import Everything
 from .layer.find import describe, describe_gone, describe_plan, find_layers
 from .layer.plan import Settings, plan_of
+from .names import Backend, HeadParallel
 from .report import PatchReport, Status
 from .steps.ranks import agreement
 from .steps.split import spoil_caches
 from .switch import switched_off
 
+_log = logging.getLogger("qwen_fastdecode")  # says at level INFO what was patched and undone
 _PATCH = "patch"  # the holder of what `patch` does; each `patched` is a holder of its own
 
 
 def patch(
     model: nn.Module | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
-    head_parallel: str = "auto",
+    head_parallel: HeadParallel = "auto",
 ) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
 
@@ -88,7 +91,9 @@ def _patch_model(model: nn.Module, settings: Settings, strict: bool, holder: Any
         settle_caches([layer.module for layer in layers])
     cover(layers, holder)
     entries = tuple(describe(layer, everything=everything.is_on()) for layer in layers)
-    return PatchReport(entries, notes_of(layers))
+    report = PatchReport(entries, notes_of(layers))
+    _log.info("patched %s: %d of %d layers covered", type(model).__qualname__, report.covered, len(entries))
+    return report
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -110,16 +115,17 @@ def unpatch(model: nn.Module | None = None) -> None:
         else:
             everything.exclude(model)
         everything.release_classes()
+    _log.info("unpatched %s: %d layers", "everything" if model is None else type(model).__qualname__, len(touched))
 
 
 @contextmanager
 def patched(
     model: nn.Module | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
-    head_parallel: str = "auto",
+    head_parallel: HeadParallel = "auto",
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a with block. Yields the report.
 
@@ -162,3 +168,16 @@ def status(model: nn.Module | None = None) -> Status:
         notes = ["patch() of everything is on: a layer is listed from its first use."] if everything.is_on() else []
         notes += notes_on({layer_class for _, layer_class in install.touched_layers()})
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), tuple(notes))
+
+
+def reset_counters(model: nn.Module | None = None) -> None:
+    """Has the counters of `status` begin anew: of `model`, or, with None, of all patched layers."""
+    if model is not None:
+        check_model(model)
+    with everything.lock:
+        plans = [plan_of(module) for module, _ in touched_layers(model)]
+        if model is None:
+            plans += everything.kept_plans() or ()
+        for plan in plans:
+            if plan is not None:
+                plan.reset_counters()

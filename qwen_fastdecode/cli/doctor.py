@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..layer import install
 from ..layer.review import State, review
 from ..layer.selftest import dtype_name
@@ -23,13 +25,10 @@ from ..switch import KILL_SWITCH, switched_off
 from ..upstream.seams import current_sources, load_seams, toml_lines, upstream_classes
 from .compare.command import silence_libraries
 from .compare.inputs import require
+from .machine import cpu_name
 from .tune import Heads, random_layer
 
-DESCRIPTION = """\
-Prints the versions that matter, whether each family's code in the installed Transformers was reviewed, which backend
-would serve on which device, and a numeric self-test. Exit code 0: all well; 1: works, with warnings; 2: a family
-cannot be patched, or a result is wrong."""
-
+SCHEMA_VERSION = 1  # of the JSON
 OPTIONAL = ("flash-linear-attention", "causal-conv1d")  # upstream's own faster functions
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "wrapt", *OPTIONAL)
 ABSENT = "not in this release"  # the state of a seam, beside those of `State`
@@ -88,25 +87,40 @@ class Diagnosis:
     def exit_code(self) -> int:
         return 2 if self.problems else 1 if self.warnings else 0
 
-
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser(
-        "doctor", help="can this installation be patched, and is it right", description=DESCRIPTION
-    )
-    parser.set_defaults(run=run)
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; docs/compare.md says what is what."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "package_version": __version__,
+            "exit_code": self.exit_code,
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "versions": self.versions,
+            "cpu": cpu_name(),
+            "families": [seam._asdict() for seam in self.seams],
+            "serving": [{**serving._asdict(), "device": str(serving.device)} for serving in self.serving],
+            "numeric": [
+                {**x._asdict(), "device": str(x.device), "dtype": dtype_name(x.dtype), "right": x.right}
+                for x in self.numeric
+            ],
+        }
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises BadInput where a package for the tables is missing."""
-    require("rich")
-    from rich.console import Console
-
-    from .doctor_render import render
-
+    if not args.json:
+        require("rich")
     silence_libraries()
     found = diagnose()
-    render(found, Console())
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return found.exit_code
+    from .doctor_render import render, render_issue
+
+    if args.issue:
+        print(render_issue(found))
+    else:
+        render(found)
     return found.exit_code
 
 

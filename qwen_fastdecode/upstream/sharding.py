@@ -27,12 +27,12 @@ class Ranks(NamedTuple):
 def ranks_of(layer: nn.Module, projections: Iterable[str]) -> Ranks | None:
     """The ranks over which upstream's style shards a layer's projections; None where it does not.
 
-    One of them is enough: an adapter may hide the mark of another, and calls what it wraps.
+    An adapter around a projection hides no mark: it calls what it wraps.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    found = (_mesh(getattr(layer, name, None)) for name in projections)
-    meshes = [mesh for mesh in found if mesh is not None]
+    modules = (module for name in projections for module in getattr(layer, name).modules())
+    meshes = [mesh for mesh in map(_mesh, modules) if mesh is not None]
     if not meshes or any(mesh != meshes[0] for mesh in meshes):
         return None
     mesh = meshes[0]
