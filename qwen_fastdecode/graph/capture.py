@@ -1,0 +1,244 @@
+"""A decode step as a CUDA graph: recorded once, replayed from static inputs into outputs that are copied.
+
+Recording executes nothing on the device. It happens on a stream of its own, in a mode that leaves other threads alone,
+and without emptying anybody's memory cache. Graphs of one model share one pool of memory, which is given back when the
+last of them is gone: what a server captured for one batch size is not kept for the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Recorder(Protocol):
+    """What a call needs of a graph. Tests put one in its place that records operators on the CPU."""
+
+    def record(self, step: Callable[[], Any]) -> Any:
+        """What `step` returns; its work is recorded and not executed."""
+
+    def replay(self) -> None:
+        """Executes what was recorded, on the addresses that it was recorded with."""
+
+    def close(self) -> None:
+        """Gives the memory back."""
+
+
+class Pool:
+    """What the graphs of one model on one device share: memory, a stream to capture on, and one turn at a time.
+
+    Graphs that share memory overwrite one another's outputs, so a replay and the copy of its outputs are one turn.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.turn = threading.RLock()
+        self._memory: torch.cuda.MemPool | None = None
+        self._users = 0
+        self._capturing: torch.cuda.Stream | None = None
+        self._last: torch.cuda.Stream | None = None
+
+    def acquire(self) -> Any:
+        """The pool's identity; as many `release` must follow."""
+        with self.turn:
+            if self._memory is None:
+                self._memory = torch.cuda.MemPool()
+            self._users += 1
+            return self._memory.id
+
+    def release(self) -> None:
+        """With its last user the memory goes."""
+        with self.turn:
+            self._users -= 1
+            if self._users == 0:
+                self._memory = None
+
+    @property
+    def capturing(self) -> torch.cuda.Stream:
+        """The stream to capture on: one of torch's, never the one that the caller works on."""
+        current = torch.cuda.current_stream(self.device)
+        while self._capturing is None or self._capturing == current:
+            self._capturing = torch.cuda.Stream(self.device, priority=-1)
+        return self._capturing
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """A turn; work that the last one left on another stream comes first."""
+        with self.turn:
+            current = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last != current:
+                current.wait_stream(self._last)
+            self._last = current
+            yield
+
+
+class CudaRecorder:
+    """A `torch.cuda.CUDAGraph` in a pool."""
+
+    def __init__(self, pool: Pool):
+        self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        self._pool = pool
+        self._memory = pool.acquire()
+
+    def record(self, step: Callable[[], Any]) -> Any:
+        graph, stream = self._graph, self._pool.capturing
+        assert graph is not None
+        with torch.cuda.device(self._pool.device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    out = step()
+                except BaseException:
+                    _abandon(graph)
+                    raise
+                graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+        return out
+
+    def replay(self) -> None:
+        assert self._graph is not None
+        self._graph.replay()
+
+    def close(self) -> None:
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None  # before its memory: a pool must not go while a graph lives in it
+            self._pool.release()
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """Ends a capture in which something failed, so that the stream and the allocator are as they were."""
+    with suppress(RuntimeError):  # the capture was already invalid, which is what ending it reports
+        graph.capture_end()
+
+
+def recorder(pool: Pool) -> Recorder:
+    """A new recorder; tests replace this function."""
+    return CudaRecorder(pool)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it on this thread's stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+class Graph:
+    """A recorded step with its static inputs: one `replay` with new inputs gives new outputs."""
+
+    def __init__(self, pool: Pool, step: Callable[..., Any], inputs: dict[str, Any]):
+        self._pool = pool
+        self._inputs, self._constants = _split(inputs)
+        self._buffers = {path: _buffer(tensor) for path, tensor in self._inputs.items()}
+        self._recorder = recorder(pool)
+        try:
+            self._outputs = self._recorder.record(lambda: step(**_join(inputs, self._buffers)))
+        except BaseException:
+            self.close()
+            raise
+        self._inputs = {path: _kind(tensor) for path, tensor in self._inputs.items()}
+
+    def takes(self, inputs: dict[str, Any]) -> bool:
+        """Whether these inputs are of the kind that was recorded: only values in tensors may differ."""
+        tensors, constants = _split(inputs)
+        kinds = {path: _kind(tensor) for path, tensor in tensors.items()}
+        return kinds == self._inputs and constants == self._constants
+
+    def replay(self, inputs: dict[str, Any]) -> Any:
+        """The outputs for these inputs, in memory of their own."""
+        tensors, _ = _split(inputs)
+        with self._pool.in_order():
+            for path, buffer in self._buffers.items():
+                buffer.copy_(tensors[path])
+            self._recorder.replay()
+            return copied(self._outputs)
+
+    def close(self) -> None:
+        """The memory is given back; nothing can be replayed any more."""
+        self._outputs = None
+        self._recorder.close()
+
+
+class _Same:
+    """A constant among the inputs: numbers and texts by value, everything else (a cache) by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Same):
+            return False
+        plain = isinstance(self.value, bool | int | float | str)
+        same = plain and type(self.value) is type(other.value) and self.value == other.value
+        return same or self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _split(inputs: dict[str, Any]) -> tuple[dict[Any, Tensor], dict[Any, _Same]]:
+    """The tensors and the rest, by their place: inputs are named, and masks are a dictionary of named ones."""
+    tensors: dict[Any, Tensor] = {}
+    constants: dict[Any, _Same] = {}
+    for name, value in inputs.items():
+        for path, leaf in (
+            {(name, key): leaf for key, leaf in value.items()}.items() if _nested(value) else [(name, value)]
+        ):
+            if isinstance(leaf, Tensor):
+                tensors[path] = leaf
+            else:
+                constants[path] = _Same(leaf)
+    return tensors, constants
+
+
+def _join(inputs: dict[str, Any], buffers: dict[Any, Tensor]) -> dict[str, Any]:
+    """The inputs with buffers in the place of tensors."""
+    return {
+        name: {key: buffers.get((name, key), leaf) for key, leaf in value.items()}
+        if _nested(value)
+        else buffers.get(name, value)
+        for name, value in inputs.items()
+    }
+
+
+def _nested(value: Any) -> bool:
+    return type(value) is dict
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def copied(outputs: Any) -> Any:
+    """The outputs with every tensor copied: a graph overwrites its own, and the caller may keep these.
+
+    Caches and whatever else the outputs hold are passed on.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs.clone()
+    if isinstance(outputs, dict):  # a ModelOutput is one
+        return type(outputs)(**{name: copied(value) for name, value in outputs.items()})
+    if type(outputs) in (tuple, list):
+        return type(outputs)(copied(value) for value in outputs)
+    return outputs
+
+
+def tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """Every tensor of the outputs."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            yield from tensors_in(value)
+    elif type(outputs) in (tuple, list):
+        for value in outputs:
+            yield from tensors_in(value)
