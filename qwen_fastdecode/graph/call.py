@@ -71,7 +71,7 @@ class Call:
             self._is_eager(Eager.UNKNOWN_CACHE)
         elif not fits(cache, offer.limit):
             self._is_eager(Eager.MEMORY)
-        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:
+        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:  # type: ignore
             self._is_eager(Eager.FEW_TOKENS)
         else:
             self._growing = GrowingCache(cache, self._model.config.get_text_config(decoder=True), offer.limit)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import LINEAR, PROMPT, build, generate
+from models import LINEAR, build, generate
 from recorded_graph import Pool, RecordedGraph
 
 import qwen_fastdecode as qf
