@@ -227,8 +227,12 @@ def failures(device: torch.device) -> Row:
     def adds(x: torch.Tensor) -> Any:
         return (x * 2).sum()
 
+    def waits(x: torch.Tensor) -> Any:
+        torch.cuda.synchronize()  # nothing that PyTorch could have warned of: CUDA refuses the capture
+        return x.sum()
+
     before = _memory(device)
-    for step in (reads_host, runs_out, adds, reads_host, adds):
+    for step in (reads_host, runs_out, adds, reads_host, adds, waits, adds, waits, adds):
         try:
             one = Graph(pool, step, {"x": x})
             found[f"{len(found)} {step.__name__}"] = float(one.replay({"x": x * len(found)}))
@@ -236,6 +240,7 @@ def failures(device: torch.device) -> Row:
         except RuntimeError as error:
             found[f"{len(found)} {step.__name__}"] = f"{type(error).__name__}: {error}"[:120]
     del one
+    found["sampled after"] = torch.multinomial(torch.ones(8, device=device), 2).shape[0]
     y = torch.ones(1 << 24, device=device)  # the allocator serves, and takes back
     value = float(y.sum())
     del y
@@ -260,7 +265,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
-    parser.add_argument("--sections", default="tokens,dense,experts,long,compiled", help="which, separated by commas")
+    parser.add_argument(
+        "--sections", default="failures,tokens,dense,experts,long,compiled", help="which, separated by commas"
+    )
+    parser.add_argument("--name", default="graph", help="of the JSON")
     arguments = parser.parse_args()
     tiny = arguments.dry_run
     device = torch.device("cpu" if tiny else "cuda")
@@ -270,11 +278,11 @@ def main() -> int:
     def note(row: Row) -> None:
         rows.append({**row, "at s": round(time.perf_counter() - begun, 1)})
         print(rows[-1], flush=True)
-        write_section(arguments.out, "graph", rows)
+        write_section(arguments.out, arguments.name, rows)
 
     wanted = arguments.sections.split(",")
     with torch.no_grad():
-        if not tiny:
+        if "failures" in wanted:
             note(failures(device))
         if "tokens" in wanted:
             for row in same_tokens([dense(4, tiny), experts(4, tiny)], device, 24 if tiny else FLOAT32_STEPS):

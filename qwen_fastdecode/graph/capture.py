@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(Protocol):
@@ -77,6 +78,54 @@ class Pool:
             yield
 
 
+class HostRead(RuntimeError):
+    """The step waits for the device, which a graph cannot."""
+
+
+_aten: Any = torch.ops.aten
+_READS = {
+    _aten._local_scalar_dense.default,
+    _aten.is_nonzero.default,
+    _aten.equal.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten._unique2.default,
+    _aten.unique_dim.default,
+    _aten.unique_consecutive.default,
+    _aten.bincount.default,
+}
+_INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+_COPIES = {_aten._to_copy.default, _aten.copy_.default}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises before an operator waits for the device: once CUDA has refused it, the capture cannot be ended properly,
+    and PyTorch's allocators would go on for ever as if it were under way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _READS or (func in _INDEXING and any(map(_is_mask, args[1]))) or _is_open(func, args, kwargs):
+            raise HostRead(f"{func} reads values on the host")
+        if func in _COPIES and _crosses(args, kwargs):
+            raise HostRead(f"{func} copies between host and device")
+        return func(*args, **kwargs)
+
+
+def _is_mask(index: Any) -> bool:
+    """Whether an index has to be counted before its result has a shape."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _is_open(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the length of the result is the sum of a tensor."""
+    return func is _aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+
+
+def _crosses(args: Any, kwargs: Any) -> bool:
+    to = kwargs.get("device") or next((other.device for other in args[1:] if isinstance(other, Tensor)), None)
+    return to is not None and torch.device(to).type != args[0].device.type
+
+
 class CudaRecorder:
     """A `torch.cuda.CUDAGraph` in a pool."""
 
@@ -93,9 +142,10 @@ class CudaRecorder:
             with torch.cuda.stream(stream):
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
-                    out = step()
+                    with NoHostReads():
+                        out = step()
                 except BaseException:
-                    _abandon(graph)
+                    self._abandon(graph)
                     raise
                 graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
@@ -111,11 +161,24 @@ class CudaRecorder:
             self._graph = None  # before its memory: a pool must not go while a graph lives in it
             self._pool.release()
 
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a capture in which something failed. If CUDA itself refused it, PyTorch stops half way: the allocator
+        and the random generator still take it to be under way. The first is told so, the second by another capture."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _refused.append(graph)
+            device = self._pool.device.index or 0
+            torch._C._cuda_endAllocateToPool(device, self._memory)
+            torch._C._cuda_releasePool(device, self._memory)
+            healing, zero = torch.cuda.CUDAGraph(), torch.zeros((), device=self._pool.device)
+            healing.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            zero.add_(0)
+            healing.capture_end()
+            healing.reset()
 
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """Ends a capture in which something failed, so that the stream and the allocator are as they were."""
-    with suppress(RuntimeError):  # the capture was already invalid, which is what ending it reports
-        graph.capture_end()
+
+_refused: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory keeps pointers to them; two a model at most
 
 
 def recorder(pool: Pool) -> Recorder:
