@@ -1,15 +1,15 @@
 """A decode step as a CUDA graph: recorded once, replayed from static inputs into outputs that are copied.
 
 Recording executes nothing on the device. It happens on a stream of its own, in a mode that leaves other threads alone,
-and without emptying anybody's memory cache. Graphs of one model share one pool of memory, which is given back when the
-last of them is gone: what a server captured for one batch size is not kept for the next.
+and without emptying anybody's memory cache. Graphs of one model share one pool of memory: what one of a server's batch
+sizes took serves the next.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -33,38 +33,48 @@ class Recorder(Protocol):
 class Pool:
     """What the graphs of one model on one device share: memory, a stream to capture on, and one turn at a time.
 
-    Graphs that share memory overwrite one another's outputs, so a replay and the copy of its outputs are one turn.
+    Graphs that share memory overwrite one another's outputs, so a replay and the copy of its outputs are one turn. The
+    memory stays with the pool, for the next graph; PyTorch takes it back when the pool is gone and memory is short.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.turn = threading.RLock()
-        self._memory: torch.cuda.MemPool | None = None
-        self._users = 0
+        self._anchor: torch.cuda.CUDAGraph | None = None  # keeps the memory: a pool goes with its last graph
         self._capturing: torch.cuda.Stream | None = None
         self._last: torch.cuda.Stream | None = None
 
-    def acquire(self) -> Any:
-        """The pool's identity; as many `release` must follow."""
-        with self.turn:
-            if self._memory is None:
-                self._memory = torch.cuda.MemPool()
-            self._users += 1
-            return self._memory.id
+    @contextmanager
+    def on_capturing_stream(self) -> Iterator[None]:
+        """After what the caller has asked of the device, and before what he asks of it next."""
+        with torch.cuda.device(self.device):
+            stream = self._own_stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                yield
+            torch.cuda.current_stream().wait_stream(stream)
 
-    def release(self) -> None:
-        """With its last user the memory goes."""
-        with self.turn:
-            self._users -= 1
-            if self._users == 0:
-                self._memory = None
+    def memory(self) -> Any:
+        """The identity of the pool's memory; call it on the capturing stream."""
+        if self._anchor is None:
+            anchor, zero = torch.cuda.CUDAGraph(), torch.zeros((), device=self.device)
+            anchor.capture_begin(capture_error_mode=OWN_THREAD)
+            zero.add_(0)
+            anchor.capture_end()
+            self._anchor = anchor
+        return self._anchor.pool()
 
-    @property
-    def capturing(self) -> torch.cuda.Stream:
-        """The stream to capture on: one of torch's, never the one that the caller works on."""
-        current = torch.cuda.current_stream(self.device)
+    def give_up(self) -> None:
+        """The next graph gets other memory."""
+        if self._anchor is not None:
+            _refused.append(self._anchor)
+            self._anchor = None
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        """One of torch's, never the one that the caller works on."""
+        current = torch.cuda.current_stream()
         while self._capturing is None or self._capturing == current:
-            self._capturing = torch.cuda.Stream(self.device, priority=-1)
+            self._capturing = torch.cuda.Stream(priority=-1)
         return self._capturing
 
     @contextmanager
@@ -132,23 +142,20 @@ class CudaRecorder:
     def __init__(self, pool: Pool):
         self._graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         self._pool = pool
-        self._memory = pool.acquire()
 
     def record(self, step: Callable[[], Any]) -> Any:
-        graph, stream = self._graph, self._pool.capturing
+        graph, pool = self._graph, self._pool
         assert graph is not None
-        with torch.cuda.device(self._pool.device):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    with NoHostReads():
-                        out = step()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
-                graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
+        with pool.turn, _one_capture, pool.on_capturing_stream():
+            memory = pool.memory()
+            graph.capture_begin(pool=memory, capture_error_mode=OWN_THREAD)
+            try:
+                with NoHostReads():
+                    out = step()
+            except BaseException:
+                self._abandon(graph, memory)
+                raise
+            graph.capture_end()
         return out
 
     def replay(self) -> None:
@@ -158,27 +165,27 @@ class CudaRecorder:
     def close(self) -> None:
         if self._graph is not None:
             self._graph.reset()
-            self._graph = None  # before its memory: a pool must not go while a graph lives in it
-            self._pool.release()
+            self._graph = None
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a capture in which something failed. If CUDA itself refused it, PyTorch stops half way: the allocator
-        and the random generator still take it to be under way. The first is told so, the second by another capture."""
+    def _abandon(self, graph: torch.cuda.CUDAGraph, memory: Any) -> None:
+        """Ends a capture in which something failed. If CUDA itself refused it, PyTorch before 2.12 stops half way: its
+        allocator and its random generator take it to be under way. The allocator is told; the generator learns it from
+        the capture that the new memory of the pool begins with."""
         try:
             graph.capture_end()
         except RuntimeError:
             _refused.append(graph)
-            device = self._pool.device.index or 0
-            torch._C._cuda_endAllocateToPool(device, self._memory)
-            torch._C._cuda_releasePool(device, self._memory)
-            healing, zero = torch.cuda.CUDAGraph(), torch.zeros((), device=self._pool.device)
-            healing.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-            zero.add_(0)
-            healing.capture_end()
-            healing.reset()
+            self._graph = None
+            with suppress(RuntimeError):  # PyTorch had ended it after all
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
+            self._pool.give_up()
+            self._pool.memory()
 
 
-_refused: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory keeps pointers to them; two a model at most
+OWN_THREAD = "thread_local"  # other threads may do with the device what a capture forbids
+_one_capture = threading.RLock()
+# Graphs whose capture CUDA refused, and their memory: PyTorch keeps pointers to them. `GIVE_UP_AFTER` a model at most.
+_refused: list[torch.cuda.CUDAGraph] = []
 
 
 def recorder(pool: Pool) -> Recorder:

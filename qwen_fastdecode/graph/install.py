@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import wrapt
 from transformers import PreTrainedModel
+from transformers.generation import utils
 from transformers.generation.utils import GenerationMixin
 
 from .call import Call
-from .state import Offer, state_of
+from .state import Offer, innermost, state_of
 
 Function = Callable[..., Any]
+DEFERS = hasattr(utils, "DeferredStopCheck")  # from 5.17 on
 
 
 def _prepare_cache(original: Function) -> Function:
@@ -92,6 +94,18 @@ def _optimize(original: Function) -> Function:
     return stand_in
 
 
+def _deferred(original: Function) -> Function:
+    """Upstream's own means, which it uses on Apple's devices: the host reads one step late whether to stop."""
+
+    @functools.wraps(original)
+    def stand_in(device: Any, cache: Any, cache_is_returned: bool, is_assistant: bool) -> Any:
+        call = innermost()
+        deferred = call is not None and call.runs_ahead and not cache_is_returned and not is_assistant
+        return deferred or original(device, cache, cache_is_returned, is_assistant)
+
+    return stand_in
+
+
 def _active(model: Any) -> Call | None:
     """The call of `generate` that this thread is in."""
     state = state_of(model)
@@ -104,6 +118,7 @@ class Seam(NamedTuple):
     owner: type
     name: str
     make: Callable[[Function], Function]
+    static: bool = False
 
 
 SEAMS = (
@@ -113,6 +128,7 @@ SEAMS = (
     Seam(PreTrainedModel, "get_compiled_call", _compiled_call),
     Seam(GenerationMixin, "_prefill", _prefill),
     Seam(GenerationMixin, "_optimize_model_for_decode", _optimize),
+    *([Seam(utils.DeferredStopCheck, "is_supported", _deferred, static=True)] if DEFERS else []),
 )
 _installed: dict[Seam, tuple[Function, Function]] = {}
 
@@ -121,8 +137,8 @@ def ensure_installed() -> None:
     """Puts the stand-ins on, once."""
     for seam in SEAMS:
         if seam not in _installed:
-            original = wrapt.resolve_path(seam.owner, seam.name)[2]
-            stand_in = seam.make(original)
+            original: Any = wrapt.resolve_path(seam.owner, seam.name)[2]
+            stand_in: Any = staticmethod(seam.make(original.__func__)) if seam.static else seam.make(original)
             wrapt.apply_patch(seam.owner, seam.name, stand_in)
             _installed[seam] = original, stand_in
 
@@ -139,8 +155,3 @@ def remove() -> None:
                 stacklevel=3,
             )
         del _installed[seam]
-
-
-def missing() -> list[str]:
-    """Functions that the installed Transformers does not have."""
-    return [seam.name for seam in SEAMS if not hasattr(seam.owner, seam.name)]

@@ -19,6 +19,14 @@ STATE = "_qwen_fastdecode_graph"  # the attribute of a model that has one
 CACHE_NAMES = ("cache", "past_key_values")  # what `generate` calls it: from 5.24 on, and before
 GIVE_UP_AFTER = 2  # captures that failed
 
+_thread = threading.local()
+
+
+def innermost() -> Any:
+    """The call of `generate` that this thread is in, of whatever model."""
+    return getattr(_thread, "call", None)
+
+
 # While `patch(cuda_graph=True)` of everything is on: makes the state of a model that generates for the first time.
 adopt: Callable[[Any], State | None] | None = None
 
@@ -58,6 +66,8 @@ class State:
 
     def offer(self, offer: Offer) -> None:
         """For the call of `_sample` that follows on this thread."""
+        if offer.reason is Eager.MODE:  # none does
+            self.count(offer.reason)
         self._offers[threading.get_ident()] = offer
 
     def take_offer(self) -> Offer | None:
@@ -75,9 +85,11 @@ class State:
         """While `generate` samples."""
         calls = self._calls.setdefault(threading.get_ident(), [])
         calls.append(call)
+        outer, _thread.call = innermost(), call
         try:
             yield call
         finally:
+            _thread.call = outer
             calls.pop()
             if not calls:
                 self._calls.pop(threading.get_ident(), None)
