@@ -3,51 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cuda_graph_stand_in import captured, stand_in
 from models import LINEAR, PROMPT, build, cache_tensors, generate
-from recorded_graph import Pool, RecordedGraph
 from tolerances import DRIFT, relative_rms
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import qwen_fastdecode as qf
 from qwen_fastdecode import graph
-from qwen_fastdecode.graph import caches, call, capture, eligible, state
+from qwen_fastdecode.graph import caches, state
 
 FAMILIES = ["qwen3_5", "qwen3_next", "qwen3_5_moe", "qwen3_5 with vision"]
 
 
-class Event:
-    """PyTorch has none for the CPU."""
-
-    def __init__(self, **_: Any) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
-
-    synchronize = record
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(eligible, "device_is_supported", lambda device: True)
-    monkeypatch.setattr(capture, "recorder", RecordedGraph)
-    monkeypatch.setattr(state, "Pool", Pool)
-    monkeypatch.setattr(call, "worth_it", lambda eager_ms, replay_ms: True)
-    monkeypatch.setattr(torch, "Event", Event)
-    yield
-    graph.disable()
-    assert RecordedGraph.living == 0
-
-
-def captured(model: torch.nn.Module) -> None:
-    qf.patch(model, backend="torch")
-    graph.enable(model)
+pytestmark = pytest.mark.usefixtures(stand_in.__name__)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +31,6 @@ def test_the_same_tokens_from_replays(family: str) -> None:
     captured(model)
     assert torch.equal(generate(model, 24), expected)
     found = graph.describe(model)
-    print(found)
     assert (found.captures, found.compared, found.replays, found.tokens) == (1, 1, 21, 42)
     assert found.reasons == {}
     assert qf.status(model).fast_steps == 23 * LINEAR
