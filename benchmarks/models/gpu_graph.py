@@ -24,6 +24,8 @@ from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import Batch, generate
 from qwen_fastdecode.graph.call import Call
+from qwen_fastdecode.graph.capture import Graph, Pool, copied
+from qwen_fastdecode.graph.eligible import FEWEST
 from qwen_fastdecode.graph.fingerprint import Fingerprint
 
 PROMPT, NEW_TOKENS, SHORT, HUNDRED = 16, 48, 32, 100
@@ -133,6 +135,32 @@ def same_bits(model: Any, name: str, batch: int, steps: int) -> Row:
     return {"model": name, "batch": batch, "steps": steps, "equal to the bit": sum(equal), "largest difference": worst}
 
 
+def noise(model: Any, name: str, batch: int, length: int) -> Row:
+    """How far a first replay is from the eager step, and how far the eager step is from itself, on the same states."""
+    inputs, row = prompts(model, batch, length), {"model": name, "batch": batch, "prompt": length}
+    with captured(model):
+        generate(model, inputs, 12)
+        row["replay from eager"] = graph.describe(model).worst
+    own = Graph.replay
+    Graph.replay = lambda self, inputs: copied(model(**inputs))  # type: ignore[method-assign]
+    try:
+        with captured(model):
+            generate(model, inputs, 12)
+            row["eager from eager"] = graph.describe(model).worst
+    finally:
+        Graph.replay = own  # type: ignore[method-assign]
+    if model.device.type == "cuda":
+        with (
+            fixed_addresses(model),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
+        ):
+            generate(model, inputs, 3 + FEWEST)
+        row["attention kernels"] = sorted(
+            {e.name[:90] for e in profile.events() if "fmha" in e.name or "attention" in e.name}
+        )
+    return row
+
+
 def sampled(model: Any, name: str) -> Row:
     """Sampling with a seed: the same tokens on the same cache."""
     inputs, said = prompts(model, 4), {}
@@ -214,8 +242,6 @@ def _memory(device: torch.device) -> tuple[float, float]:
 
 def failures(device: torch.device) -> Row:
     """A capture that fails leaves the stream and the allocator as they were."""
-    from qwen_fastdecode.graph.capture import Graph, Pool
-
     pool, x, found = Pool(device), torch.ones(1 << 20, device=device), {}
 
     def reads_host(x: torch.Tensor) -> Any:
@@ -233,6 +259,7 @@ def failures(device: torch.device) -> Row:
 
     before = _memory(device)
     for step in (reads_host, runs_out, adds, reads_host, adds, waits, adds, waits, adds):
+        print(step.__name__, flush=True)
         try:
             one = Graph(pool, step, {"x": x})
             found[f"{len(found)} {step.__name__}"] = float(one.replay({"x": x * len(found)}))
@@ -305,6 +332,8 @@ def _run(shape: ModelShape, batches: tuple[int, ...], device: torch.device, want
             note(speeds(model, name, batch, SIDES))
         if not tiny:
             note(memory(model, name))
+            for batch, length in ((1, 300), (8, 300), (8, 310)):
+                note(noise(model, name, batch, length))
     if "long" in wanted:
         for batch, length in ((1, 100), (2, 40)) if tiny else ((1, 4096), (1, 32768), (8, 8192), (32, 2048)):
             note(

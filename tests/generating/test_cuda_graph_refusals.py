@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
+import pickle
 import threading
 import weakref
 from collections.abc import Callable
@@ -256,12 +256,10 @@ def test_copies_and_pickles_are_upstreams() -> None:
     model = build()
     expected = generate(model, 16)
     captured(model)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(generate(other, 16), expected)
-        assert graph.describe(other) is None
+    other = copy.deepcopy(model)
+    assert torch.equal(generate(other, 16), expected)
+    assert graph.describe(other) is None
+    assert pickle.loads(pickle.dumps(vars(model)[state.STATE])) is None
     assert graph.describe(model).captures == 0
 
 
