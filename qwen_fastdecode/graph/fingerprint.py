@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..names import PLAN
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_PLAIN = (bool, int, float, str)
 _ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "use_dora")
 
 
@@ -64,24 +65,23 @@ def _adapter(kept: dict[str, Any]) -> list[str]:
 
 
 class PythonState:
-    """What modules keep outside of tensors, before a step is recorded: a replay would not change it again."""
+    """The attributes of modules, before a step is recorded: a replay would not change them again."""
 
     def __init__(self, model: nn.Module):
         self._before = [(module, dict(vars(module))) for module in model.modules()]
 
     def put_back(self) -> str | None:
-        """Undoes what was recorded; what had changed, None for nothing."""
+        """The name of one that has changed, None for none. Numbers and texts are put back, as nothing has run; what
+        else a step leaves on a module, the next eager one leaves anew."""
         changed = None
         for module, before in self._before:
             own = vars(module)
-            for name in [*own, *(name for name in before if name not in own)]:
-                if own.get(name) is before.get(name) and (name in own) == (name in before):
+            for name in {*own, *before}:
+                if own.get(name) is before.get(name):
                     continue
                 changed = f"{type(module).__qualname__}.{name}"
-                if name in before:
+                if name in before and isinstance(before[name], _PLAIN):
                     own[name] = before[name]
-                else:
-                    del own[name]
         return changed
 
 
