@@ -5,14 +5,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1 # steps this small lose by more threads, and tests run side by side
 
-.PHONY: demo test lint bench matrix clean
+.PHONY: demo test test-all lint bench matrix clean
 
 demo: $(READY)
 	$(BIN)/qwen-fastdecode compare examples/checkpoints/qwen3_next-tiny \
 		--prompts examples/checkpoints/prompts.txt --plot build/compare.png
 
-test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+# Within four minutes on two cores: all but what is marked slow.
+test: SELECTED = -m 'not slow'
+test test-all: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(SELECTED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,3 +30,7 @@ class RanksDisagree(PatchError):
 
 class BadInput(ValueError):
     """The user of a command has to change something; the message is one line that says what."""
+
+
+class UnsupportedStep(ValueError):
+    """A decode step that no kernel, or not the one that was asked for, computes; the message names the argument."""

@@ -23,9 +23,13 @@ class Reason(str, Enum):
     UNKNOWN_CACHE = "a cache of unknown type"
     UNEXPECTED_STATE = "a state of unexpected shape, strides or device"
     WEIGHTS_ELSEWHERE = "weights are on another device than the hidden states"
+    TENSOR_TYPE = "hidden states of a tensor subclass"
     WEIGHT_TYPE = "weights of a tensor subclass"
     HOOKED_SUBMODULE = "hooks on conv1d or norm"
-    CHANGED_LAYER = "conv1d or norm was changed after patching"
+    GLOBAL_HOOKS = "hooks on every module of the process"
+    CHANGED_LAYER = "the layer was changed after patching"
+    CHANGED_UPSTREAM = "Transformers' own functions were replaced after patching"
+    UNSUPPORTED_STEP = "a step that the backend does not compute"
 
     def __str__(self) -> str:
         return self.value

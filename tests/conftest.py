@@ -8,6 +8,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
 
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -15,8 +16,17 @@ import torch
 
 import qwen_fastdecode
 
+if importlib.util.find_spec("triton") is not None:
+    from interpreter import hasten
+
+    hasten()
 torch.set_num_threads(1)  # tests run side by side
 torch.use_deterministic_algorithms(True)  # fills torch.empty and its kin: whoever reads before writing reads NaN
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker begins one when the others have nothing left."""
+    items.sort(key=lambda item: "slow" not in item.keywords and "ranks" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)

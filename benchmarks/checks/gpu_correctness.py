@@ -50,7 +50,7 @@ def cases(dry_run: bool) -> list[Case]:
 
 def _shrink(s: Shape) -> Shape:
     DK, DV = (16, 16) if s.DK == s.DV else (24, 40)
-    heads = None if s.heads is None else (1, 2)
+    heads = None if s.heads is None else (s.R, s.R)
     lengths = s.lengths if isinstance(s.lengths, int) else s.lengths[:2]
     return replace(s, B=2, HK=2, DK=DK, DV=DV, heads=heads, lengths=lengths)
 
@@ -86,13 +86,13 @@ def _shape_cases() -> Iterator[Case]:
         "2 taps": Shape(W=2),
         "3 taps": Shape(W=3),
         "heads of a rank": Shape(heads=(8, 8)),
-        "heads across a key head": Shape(heads=(3, 6), R=3),
+        "heads of a rank, 3 values a key": Shape(heads=(12, 24), R=3),
         "DK 96, DV 80": Shape(DK=96, DV=80),
         "64 heads, batch 300": Shape(R=4, B=300),
         "5 tokens": Shape(lengths=5, B=3),
         "5 tokens, grouped, bf16 state": Shape(lengths=5, B=3, layout="grouped", R=3, state_dtype=BF16),
         "ragged": Shape(lengths=(3, 0, 1, 7), R=4),
-        "ragged heads": Shape(lengths=(2, 5, 1, 0), heads=(2, 5)),
+        "ragged heads": Shape(lengths=(2, 5, 1, 0), heads=(2, 6)),
     }
     for name, shape in shapes.items():
         yield Case(name, _equals_reference, shape)

@@ -23,6 +23,7 @@ import qwen_fastdecode
 from qwen_fastdecode.cli.compare.generation import forced_logits
 from qwen_fastdecode.ops import gated_delta_decode
 from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.step import Recipe, Step
 
 CHECKPOINTS = Path(__file__).parent.parent.parent / "examples" / "checkpoints"
 PROMPT, FORCED, STRETCHES = 16, 512, 8
@@ -88,12 +89,12 @@ def growth_row(memory: int) -> dict[str, Any]:
     for step in track(range(1, STEPS + 1), f"memory {memory}"):
         q, k, v, z = random(1, HK, D), random(1, HK, D), random(1, HK, HV // HK, D), random(1, HK, HV // HK, D)
         views = q, k, v, z, random(1, HK, HV // HK), torch.zeros(1, HK, HV // HK)
-        options: dict[str, Any] = {"eps": 1e-6, "gate": "silu", "cu_seqlens": None, "heads": (0, HV)}
+        recipe = Recipe((0, HV))
         for dtype, state in states.items():
             if dtype == torch.float64:
-                decode_reference(*views, taps[dtype], state, *weights, **options)
+                decode_reference(Step.from_tensors((*views, taps[dtype], state, *weights)), recipe)
             else:
-                gated_delta_decode(*views, taps[dtype], state, *weights, **options, backend="torch")
+                gated_delta_decode(*views, taps[dtype], state, *weights, backend="torch")
         if step in MEASURED:
             exact = states[torch.float64]
             for dtype in (torch.float32, torch.bfloat16):

@@ -33,7 +33,7 @@ def host_times(device: torch.device, D: int) -> dict[str, float]:
         "empty Triton kernel, launched as usual": _time(_empty_launch(step.tensors), device),
         "empty Triton kernel, compiled before": _time(_empty_compiled(step.tensors), device),
         "torch.empty": _time(lambda: torch.empty(1, 4096, dtype=w.dtype, device=device), device),
-        "op, unchecked (what the patch calls)": _time(lambda: step.run(decode_triton), device),
+        "a backend (what the patch calls)": _time(lambda: step.run(decode_triton), device),
         "op, checked (gated_delta_decode)": _time(lambda: gated_delta_decode(*step.tensors, **step.options), device),
     }
     with qwen_fastdecode.patched(stack, backend="triton"):

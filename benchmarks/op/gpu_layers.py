@@ -23,7 +23,7 @@ from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextCon
 
 from benchmarks.op.gpu_step import Step
 from qwen_fastdecode.cli.compare.upstream import innermost
-from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes
+from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, reader
 
 HIDDEN = 64  # of the token that no projection looks at
 LAYERS = 36  # gated DeltaNet layers of Qwen3-Next 80B
@@ -112,7 +112,8 @@ class Stack(nn.Module):
     def step(self, i: int) -> Step:
         """Layer i's step as arguments of the op."""
         layer: Any = self.layers[i]
-        views = FAMILIES[self.workload.family].project(layer, self.hidden_states, self.sizes)
+        family = FAMILIES[self.workload.family]
+        views = reader(family, self.sizes)(family.project(layer, self.hidden_states))
         weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
         heads = (0, self.workload.HV)
         options = {"eps": layer.norm.variance_epsilon, "gate": "silu", "cu_seqlens": None, "heads": heads}

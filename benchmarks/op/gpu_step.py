@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qwen_fastdecode.ops import step as op
 from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.triton.launch import INTERPRETED
 
@@ -74,7 +75,9 @@ class Step:
         return self.with_states(_copy(self.conv_state), _copy(self.recurrent_state))
 
     def run(self, decode: Callable[..., Tensor]) -> Tensor:
-        return decode(*self.tensors, **self.options)
+        """`decode` is a backend, or the reference: a function of `ops.step.Step` and `Recipe`."""
+        recipe = {name: value for name, value in self.options.items() if name != "cu_seqlens"}
+        return decode(op.Step.from_tensors(self.tensors, self.options["cu_seqlens"]), op.Recipe(**recipe))
 
     def damaged_guards(self) -> int:
         """How many frames were written outside the part in use."""

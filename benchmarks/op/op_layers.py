@@ -21,8 +21,9 @@ from transformers.utils import logging
 import qwen_fastdecode
 from qwen_fastdecode.cli.compare.memory import peak_within
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.upstream.caches import DecodeStates, read_states
-from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes
+from qwen_fastdecode.ops.step import Recipe, States, Step
+from qwen_fastdecode.upstream.caches import read_states
+from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, reader
 
 HK, HV, D, HIDDEN, PROMPT = 16, 32, 128, 64, 8
 MAX_DISTANCE = 1e-2  # relative RMS from upstream in bfloat16, which rounds at every step
@@ -72,9 +73,9 @@ class Setup:
     def step(self, layer: Any) -> Tensor:
         return layer(self.hidden_states, cache_params=self.cache)
 
-    def states(self, layer: Any) -> DecodeStates:
+    def states(self, layer: Any) -> States:
         states = read_states(self.cache, layer.layer_idx)
-        assert isinstance(states, DecodeStates), states
+        assert isinstance(states, States), states
         return states
 
 
@@ -122,11 +123,10 @@ def check(setup: Setup) -> dict[str, float]:
 
 def _reference(layer: Any, hidden_states: Tensor, states: list[Tensor]) -> list[Tensor]:
     """Output and both states after the step, in float64 but for the states' own rounding."""
-    views = FAMILIES["qwen3_next"].project(layer, hidden_states, HeadSizes.of(layer))
-    conv, recurrent = states[0].clone(), states[1].clone()
-    weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
-    options = {"eps": layer.layer_norm_epsilon, "gate": "silu", "cu_seqlens": None, "heads": (0, HV)}
-    return [decode_reference(*views, conv, recurrent, *weights, **options), conv, recurrent]
+    family = FAMILIES["qwen3_next"]
+    own = States(states[0].clone(), states[1].clone())
+    step = Step(family.project(layer, hidden_states), reader(family, HeadSizes.of(layer)), own, family.weights(layer))
+    return [decode_reference(step, Recipe((0, HV), layer.layer_norm_epsilon)), *own]
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

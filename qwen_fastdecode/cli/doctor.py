@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..layer import install
-from ..layer.eligibility import KILL_SWITCH
 from ..layer.review import Review, State, review
 from ..layer.selftest import dtype_name, self_test
 from ..ops.backends import Backend, select_backend, triton_unavailable
 from ..ops.reference import decode_reference
+from ..ops.step import Recipe, Step
+from ..switch import KILL_SWITCH, switched_off
 from ..upstream.seams import current_sources, foreign_patch, load_seams, toml_lines, unreviewed, upstream_classes
 from .compare.command import silence_libraries
 from .compare.inputs import require
@@ -167,7 +168,7 @@ def _backends(device: torch.device) -> list[Backend]:
 
 @torch.no_grad()
 def _check(device: torch.device, backend: Backend) -> Iterator[Numeric]:
-    options: dict[str, Any] = {"eps": 1e-6, "gate": "silu", "cu_seqlens": None, "heads": (0, HEADS.HK * HEADS.R)}
+    recipe = Recipe((0, HEADS.HK * HEADS.R))
     for dtype in LIMITS:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
@@ -176,8 +177,8 @@ def _check(device: torch.device, backend: Backend) -> Iterator[Numeric]:
         step[STATE] = layer[STATE]
         reference = [x.clone() for x in step]
         reference[STATE] = layer[STATE].double()
-        exact = decode_reference(*reference, **options)
-        out = backend.decode(*step, **options)
+        exact = decode_reference(Step.from_tensors(reference), recipe)
+        out = backend.decode(Step.from_tensors(step), recipe)
         yield Numeric(
             device,
             backend.name,
@@ -209,5 +210,5 @@ def _judge(found: Diagnosis) -> None:
     for serving in found.serving:
         if serving.device.type == "cuda" and serving.backend == "torch":
             found.warnings.append(f"{serving.device} ({serving.name}) is served by PyTorch, slowly. {serving.others}")
-    if os.environ.get(KILL_SWITCH) == "0":
-        found.warnings.append(f"{KILL_SWITCH}=0 is set: the fast path is switched off")
+    if switched_off():
+        found.warnings.append(f"{KILL_SWITCH}={os.environ[KILL_SWITCH]} is set: the fast path is switched off")

@@ -86,7 +86,7 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
             install.on_import(module, patch)
 
     def patch(module: ModuleType) -> None:
-        from ..api import patch_imported  # imports torch, which now is there
+        from ..layer.everything import patch_imported  # imports torch, which now is there
 
         patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
 
@@ -95,7 +95,7 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
 
 def print_report() -> None:
     """The table of `status()`, without importing what the program did not."""
-    api = sys.modules.get(f"{__package__}.api")
+    api = sys.modules.get(f"{__package__.rpartition('.')[0]}.api")
     print(Status((), (NOTHING,)) if api is None else api.status(), file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable, BadInput
 from ..ops.backends import triton_unavailable
+from ..ops.step import Recipe, Step
 from ..ops.torch_cpu import decode_torch
 from ..ops.triton import tiles
 from ..ops.triton.tiles import Row, Tile
@@ -130,14 +131,14 @@ def _time(layers: list[tuple[Tensor, ...]], tile: Tile, device: torch.device) ->
     from ..ops.triton.launch import decode_triton
 
     HV = layers[0][7].shape[1]
-    options: dict[str, Any] = {"eps": 1e-6, "gate": "silu", "cu_seqlens": None, "heads": (0, HV)}
+    recipe = Recipe((0, HV))
 
     def step(inputs: tuple[Tensor, ...]) -> Tensor:
-        return decode_triton(*inputs, **options, tile=tile)
+        return decode_triton(Step.from_tensors(inputs), recipe, tile)
 
     one = layers[0]
     copies = [(*one[:6], one[6].clone(), one[7].clone(), *one[8:]) for _ in range(2)]
-    expected = decode_torch(*copies[0], **options).float()
+    expected = decode_torch(Step.from_tensors(copies[0]), recipe).float()
     try:
         out = step(copies[1]).float()
     except TritonError:

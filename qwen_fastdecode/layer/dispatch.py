@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedStep
 from ..names import EXCLUDED, PLAN
-from ..ops.library import decode_registered
+from ..ops.step import States, overlaps
 from ..reasons import Reason
-from ..steps.split import HeadSplit, complete
-from ..upstream.caches import DecodeStates, Partial, convert_recurrent_state
+from ..steps.full import settle_outside_graphs
+from ..upstream.caches import cache_layer, convert_recurrent_state
 from ..upstream.calls import Call, call_reader
+from ..upstream.unsettled import Unsettled
 from .eligibility import decode_states
-from .plan import DecodePlan
+from .plan import Plan
 
 _PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from
+_originals: weakref.WeakKeyDictionary[Callable[..., Tensor], Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 # While `patch()` of everything is on: makes the plan of a layer that has none yet; None if it cannot be covered.
-adopt: Callable[[Any], DecodePlan | None] | None = None
+adopt: Callable[[Any], Plan | None] | None = None
 
 
 @functools.cache  # copies of a model with hooks stay bound to it: a later patch must know it again
@@ -39,32 +44,68 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if call is None:  # not ours, or one that upstream refuses
             return original(self, hidden_states, *args, **kwargs)
         states = decode_states(plan, self, hidden_states, call)
-        if isinstance(states, Reason):
-            _before_upstream(plan, self, call, states)
-            out = original(self, hidden_states, *args, **kwargs)
-            _after_upstream(plan, self, hidden_states, call, states)
-            return out
-        return _fast_step(plan, self, hidden_states, call, _convert(plan, self, call, states))
+        if not isinstance(states, Reason):
+            states = _decode(plan, self, hidden_states, call, _convert(plan, self, call, states))
+            if not isinstance(states, Reason):
+                return states
+        _before_upstream(plan, self, call, states)
+        out = original(self, hidden_states, *args, **kwargs)
+        _after_upstream(plan, self, hidden_states, call, states)
+        return out
 
+    _originals[forward] = original
     return forward
 
 
-def _before_upstream(plan: DecodePlan, layer: Any, call: Call, reason: Reason) -> None:
-    if plan.split is not None:
-        complete(call.cache, layer.layer_idx)  # upstream reads every head's states
+def original_of(forward: Any) -> Callable[..., Tensor] | None:
+    """What one of our dispatchers stands over; None for any other function."""
+    return _originals.get(forward) if inspect.isfunction(forward) else None
+
+
+def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, states: States) -> Tensor | Reason:
+    """The layer's output by a fast step, or why no backend computes it."""
+    step = plan.strategy.for_batch(hidden_states.shape[0])
+    its_cache = cache_layer(call.cache, layer.layer_idx)
+    if torch.compiler.is_compiling():  # counters would be guarded, and recompile the graph every step
+        if _refused_in_graphs(plan, layer, states):
+            return Reason.UNSUPPORTED_STEP
+        return step.run(layer, hidden_states, its_cache, states)
+    try:
+        out = step.run(layer, hidden_states, its_cache, states)
+    except UnsupportedStep as error:
+        plan.unsupported = str(error)
+        return Reason.UNSUPPORTED_STEP
+    plan.count_fast_step(split=step.splits_heads)
+    return out
+
+
+def _refused_in_graphs(plan: Plan, layer: Any, states: States) -> bool:
+    """Of what a backend refuses, that which would otherwise show only when the graph runs."""
+    if overlaps(states.conv) or overlaps(states.recurrent):
+        return True
+    tensors = (*states, *plan.family.weights(layer))
+    on_triton = plan.strategy.backends.on(states.conv.device).name == "triton"
+    return on_triton and any(x.dtype == torch.float64 for x in tensors)
+
+
+def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None:
+    its_cache = cache_layer(call.cache, layer.layer_idx)
+    if isinstance(its_cache, Unsettled):
+        settle_outside_graphs(its_cache)  # by all ranks at once, as they all come here
     if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
         plan.count_fallback(reason)
 
 
-def _after_upstream(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call, reason: Reason) -> None:
+def _after_upstream(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, reason: Reason) -> None:
     """A prompt's pass leaves a state that the next step decodes from: it is converted here, where nothing compiles."""
     if plan.settings.state_dtype is not None and reason in _PROMPT:
+        # The prompt's mask says nothing of the token that follows it.
         states = decode_states(plan, layer, hidden_states[:, -1:], call._replace(attention_mask=None))
         if not isinstance(states, Reason):
             _convert(plan, layer, call, states)
 
 
-def _convert(plan: DecodePlan, layer: Any, call: Call, states: DecodeStates) -> DecodeStates:
+def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:
     """The states, the recurrent one in the dtype that `patch` was asked for.
 
     Not while compiling: a captured graph must not own a tensor that outlives it. A step that is compiled therefore
@@ -76,42 +117,6 @@ def _convert(plan: DecodePlan, layer: Any, call: Call, states: DecodeStates) -> 
     return states._replace(recurrent=convert_recurrent_state(call.cache, layer.layer_idx, dtype))
 
 
-def _fast_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call, states: DecodeStates) -> Tensor:
-    """On all heads or, under tensor parallelism and where that pays, on this rank's."""
-    split = plan.split
-    if split is None:
-        return decode_step(plan, layer, hidden_states, states)
-    if split.serves(hidden_states.shape[0]):
-        Partial.put(call.cache.layers[layer.layer_idx], split)
-        return split_step(plan, split, layer, hidden_states, states)
-    complete(call.cache, layer.layer_idx)
-    return decode_step(plan, layer, hidden_states, states)
-
-
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it
-def _adopt(layer: Any) -> DecodePlan | None:
+def _adopt(layer: Any) -> Plan | None:
     return None if adopt is None else adopt(layer)
-
-
-def decode_step(plan: DecodePlan, layer: Any, hidden_states: Tensor, states: DecodeStates) -> Tensor:
-    """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; both states are updated in place.
-
-    The projections are called as modules (adapters, quantised weights and tensor parallelism live there).
-    """
-    views = plan.family.project(layer, hidden_states, plan.sizes)
-    weights = plan.family.weights(layer)
-    if torch.compiler.is_compiling():
-        out = decode_registered(*views, *states, *weights, backend=plan.settings.backend, **plan.options)
-    else:
-        out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.options)
-        plan.count_fast_step(split=False)
-    return plan.family.project_out(layer, out)
-
-
-def split_step(plan: DecodePlan, split: HeadSplit, layer: Any, hidden_states: Tensor, states: DecodeStates) -> Tensor:
-    """`decode_step` on this tensor-parallel rank's heads: only their states are updated, and their outputs gathered."""
-    views = split.project(layer, hidden_states)
-    weights = plan.family.weights(layer)
-    out = plan.backend_on(hidden_states.device).decode(*views, *states, *weights, **plan.rank_options)
-    plan.count_fast_step(split=True)
-    return plan.family.project_out(layer, split.gather(out))

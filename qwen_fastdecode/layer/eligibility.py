@@ -5,25 +5,24 @@ Nothing here changes anything; every answer is a `Reason`.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
+from torch.nn.modules import module as _every_module
 
+from ..ops.step import States
 from ..reasons import Reason
-from ..upstream.caches import DecodeStates, read_states
+from ..switch import switched_off
+from ..upstream.caches import read_states
 from ..upstream.calls import Call
-from .plan import DecodePlan
+from .plan import Plan
 
-KILL_SWITCH = "QWEN_FASTDECODE"
-# The dictionary behind os.environ: Dynamo guards a look-up in it, so that graphs compiled before obey the switch too.
-_ENVIRONMENT: dict[Any, Any] = vars(os.environ)["_data"]
-_SWITCH, _OFF = os.environ.encodekey(KILL_SWITCH), os.environ.encodevalue("0")
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def decode_states(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Call) -> DecodeStates | Reason:
+def decode_states(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> States | Reason:
     """The states to update if this call is a fast decode step, else why it is not; the cheapest questions first."""
     if hidden_states.shape[1] != 1:
         return Reason.SEVERAL_TOKENS
@@ -41,7 +40,7 @@ def decode_states(plan: DecodePlan, layer: Any, hidden_states: Tensor, call: Cal
 
 
 def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
-    if _ENVIRONMENT.get(_SWITCH) == _OFF:
+    if switched_off():
         return Reason.SWITCHED_OFF
     if call.without_position:
         return Reason.NO_CACHE_POSITION
@@ -57,17 +56,24 @@ def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
         return Reason.AUTOCAST
     if torch.compiler._is_exporting_flag:  # is_exporting() itself is True in all that Dynamo of torch 2.11 traces
         return Reason.EXPORTING
+    if type(hidden_states) not in _PLAIN:
+        return Reason.TENSOR_TYPE
     return None
 
 
-def _layer_reason(plan: DecodePlan, layer: Any, device: torch.device) -> Reason | None:
-    conv1d, norm = plan.family.read_modules(layer)
-    if type(norm) is not plan.norm_class or conv1d.bias is not None:
+def _layer_reason(plan: Plan, layer: Any, device: torch.device) -> Reason | None:
+    family = plan.family
+    if family.facts(layer) != plan.facts:
         return Reason.CHANGED_LAYER
+    for owner, name, function in plan.replaced:
+        if getattr(owner, name, None) is not function:
+            return Reason.CHANGED_UPSTREAM
+    if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
+        return Reason.GLOBAL_HOOKS
+    conv1d, norm = family.read_modules(layer)
     if _is_hooked(conv1d) or _is_hooked(norm):
         return Reason.HOOKED_SUBMODULE
-    weights: tuple[Any, ...] = (conv1d.weight, norm.weight, layer.A_log, layer.dt_bias)
-    for weight in weights:
+    for weight in family.weights(layer):
         if type(weight) not in _PLAIN:
             return Reason.WEIGHT_TYPE
         if weight.device != device:
@@ -84,19 +90,18 @@ def _is_hooked(module: nn.Module) -> bool:
         return True
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
-        return type(hook).__name__ != "AlignDevicesHook" or bool(hook.offload)
+        return type(hook) is not AlignDevicesHook or bool(hook.offload)
     forward = module.__dict__.get("forward")  # the class's own is what accelerate leaves when it takes a hook away
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def states_fit(plan: DecodePlan, states: DecodeStates, hidden_states: Tensor) -> bool:
-    """Whether the states have the shapes that the plan expects of this batch, on its device."""
+def states_fit(plan: Plan, states: States, hidden_states: Tensor) -> bool:
+    """Whether the states have the shapes that the plan expects of this batch, on its device. (Strides are the op's.)"""
     B, device = hidden_states.shape[0], hidden_states.device
     conv, recurrent = states
     return (
         conv.shape == (B, *plan.conv_shape)
         and recurrent.shape == (B, *plan.recurrent_shape)
-        and recurrent.stride()[1:] == plan.recurrent_strides
         and conv.device == device
         and recurrent.device == device
     )

@@ -13,10 +13,9 @@ from ..errors import LayerNotCovered, PatchError
 from ..names import EXCLUDED, PLAN
 from ..ops.backends import select_backend
 from ..report import LayerStatus
-from ..upstream.families import FAMILIES
-from ..upstream.seams import Upstream, upstream_classes
+from ..upstream.seams import Upstream, upstream_of
 from . import install
-from .plan import AS_IS, DecodePlan, Settings, make_plan, plan_of
+from .plan import DEFAULT, Plan, Settings, make_plan, plan_of
 from .review import Review, State, review
 
 
@@ -29,16 +28,15 @@ class FoundLayer(NamedTuple):
     name: str
     module: nn.Module
     upstream: Upstream | None
-    plan: DecodePlan | PatchError
+    plan: Plan | PatchError
     note: str = ""
 
 
-def find_layers(model: nn.Module, settings: Settings = AS_IS) -> list[FoundLayer]:
+def find_layers(model: nn.Module, settings: Settings = DEFAULT) -> list[FoundLayer]:
     """Every gated DeltaNet layer in `model`, with the plan that it has if that is what is asked for, else a new one."""
-    known = {upstream.layer_class: upstream for upstream in upstream_classes(import_missing=False)}
     found = []
     for name, module in model.named_modules():
-        upstream = next((known[base] for base in type(module).__mro__ if base in known), None)
+        upstream = upstream_of(type(module))
         if upstream is not None:
             found.append(inspect_layer(name, module, review(upstream), settings))
         elif type(module).__name__.endswith("GatedDeltaNet"):
@@ -47,13 +45,17 @@ def find_layers(model: nn.Module, settings: Settings = AS_IS) -> list[FoundLayer
     return found
 
 
-def living_layers(upstreams: dict[type, Upstream]) -> Iterator[tuple[nn.Module, Upstream]]:
-    """Every instance of these classes in the process, in the order of their creation."""
+def living_layers() -> Iterator[tuple[nn.Module, Upstream]]:
+    """Every gated DeltaNet layer of a supported family in the process, in the order of their creation."""
     gc.collect()  # a model that was deleted may lie in a reference cycle: it is neither patched nor refused
+    kinds: dict[int, Upstream | None] = {}  # by id: somebody's class may not be hashable
     for thing in gc.get_objects():
-        for base in type(thing).__mro__:  # isinstance would ask proxies for a class that they load on demand
-            if base in upstreams:
-                yield thing, upstreams[base]
+        kind = type(thing)  # isinstance would ask proxies for a class that they load on demand
+        if id(kind) not in kinds:
+            kinds[id(kind)] = upstream_of(kind) if any(base is nn.Module for base in kind.__mro__) else None
+        upstream = kinds[id(kind)]
+        if upstream is not None:
+            yield thing, upstream
 
 
 def inspect_layer(name: str, module: nn.Module, verdict: Review, settings: Settings) -> FoundLayer:
@@ -66,9 +68,9 @@ def inspect_layer(name: str, module: nn.Module, verdict: Review, settings: Setti
     if detour is not None:
         return FoundLayer(name, module, upstream, LayerNotCovered(detour))
     current = plan_of(module)
-    if current is not None and current.settings == settings:
+    if current is not None and current.settings == settings and current.holds_for(module):
         return FoundLayer(name, module, upstream, current, note)
-    plan = make_plan(module, name, FAMILIES[upstream.family], settings)
+    plan = make_plan(module, name, upstream, settings)
     return FoundLayer(name, module, upstream, LayerNotCovered(plan) if isinstance(plan, str) else plan, note)
 
 
@@ -90,27 +92,27 @@ def describe(layer: FoundLayer, *, everything: bool) -> LayerStatus:
     return replace(status, reason="not patched")
 
 
-def describe_plan(name: str, module: nn.Module, plan: DecodePlan) -> LayerStatus:
+def describe_plan(name: str, module: nn.Module, plan: Plan) -> LayerStatus:
     """A patched layer and what its counters say."""
     device = module.A_log.device
     backend = plan.settings.backend if device.type == "meta" else select_backend(plan.settings.backend, device).name
     return _counted(plan, name, backend)
 
 
-def describe_gone(plan: DecodePlan) -> LayerStatus:
+def describe_gone(plan: Plan) -> LayerStatus:
     """What the counters say of a layer that is no longer there."""
     return _counted(plan, plan.name, plan.last_backend, reason="no longer there")
 
 
-def _counted(plan: DecodePlan, name: str, backend: str, reason: str = "") -> LayerStatus:
+def _counted(plan: Plan, name: str, backend: str, reason: str = "") -> LayerStatus:
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    ranks = "; ".join(filter(None, (plan.ranks, reason)))
+    notes = "; ".join(filter(None, (plan.strategy.note, reason, plan.unsupported)))
     return LayerStatus(
         name,
         plan.family.name,
         backend,
         covered=True,
-        reason=ranks,
+        reason=notes,
         fast_steps=plan.fast_steps,
         split_steps=plan.split_steps,
         fallbacks=fallbacks,

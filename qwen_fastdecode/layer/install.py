@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from ..names import EXCLUDED, PLAN
+from ..names import PLAN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .plan import DecodePlan
+    from .plan import Plan
 
     Forward = Callable[..., Tensor]
 
@@ -29,11 +29,10 @@ class ClassPatch:
     """The dispatcher on one class, what was there before, and the instances that it serves."""
 
     def __init__(self, layer_class: type):
-        _, _, original = wrapt.resolve_path(layer_class, "forward")
         self.layer_class = layer_class
-        self.original: Forward = original
+        self.original = original_forward(layer_class)
         self.inherited = "forward" not in vars(layer_class)
-        self.dispatcher = _dispatcher(original)
+        self.dispatcher = _dispatcher(self.original)
         self.layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those with a plan, or excluded
 
     def apply(self) -> None:
@@ -59,12 +58,18 @@ class ClassPatch:
 
 
 _patched: dict[type, ClassPatch] = {}
+# Who wants what of each instance, in the order in which they came: the last one's plan is what the instance has.
+_holds: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan | bool]] = weakref.WeakKeyDictionary()
 
 
 def original_forward(layer_class: type) -> Forward:
-    """Upstream's function: what the class would run if we had not patched it."""
+    """Upstream's function: what the class would run if we had not patched it.
+
+    Where somebody put our dispatcher back after we had taken it off, that is still what it stands over.
+    """
+    current = wrapt.resolve_path(layer_class, "forward")[2]
     patch = _patched.get(layer_class)
-    return wrapt.resolve_path(layer_class, "forward")[2] if patch is None else patch.original
+    return patch.original if patch is not None else _original_of(current) or current
 
 
 def ensure_patched(layer_class: type) -> ClassPatch:
@@ -77,21 +82,46 @@ def ensure_patched(layer_class: type) -> ClassPatch:
     return patch
 
 
-def set_plan(layer: nn.Module, layer_class: type, plan: DecodePlan | bool) -> None:
-    """Gives an instance its plan (or EXCLUDED) and takes over what hooks kept of the original forward."""
-    patch = ensure_patched(layer_class)
-    setattr(layer, PLAN, plan)
-    patch.layers.add(layer)
-    patch.rebind(layer, patch.original, patch.dispatcher)
+def hold(holder: Any, layer: nn.Module, layer_class: type, plan: Plan | bool) -> None:
+    """`holder` wants this plan (or EXCLUDED) for the instance, until it lets go of it or somebody comes later."""
+    holds = _holds.setdefault(layer, {})
+    holds.pop(holder, None)
+    holds[holder] = plan
+    _set_plan(layer, layer_class, plan)
 
 
-def clear_plan(layer: nn.Module, layer_class: type) -> None:
-    """Undoes `set_plan`: no attribute and no reference to the dispatcher stays on the instance."""
+def let_go(holder: Any) -> None:
+    """`holder` wants nothing any more: each of its instances gets what the last of the others wants."""
+    for layer, layer_class in touched_layers():
+        holds = _holds.get(layer, {})
+        if holder not in holds:
+            continue
+        was = list(holds.values())[-1]
+        del holds[holder]
+        if holds:
+            now = list(holds.values())[-1]
+            if now is not was:
+                _set_plan(layer, layer_class, now)
+        else:
+            clear(layer, layer_class)
+
+
+def clear(layer: nn.Module, layer_class: type) -> None:
+    """Nobody wants anything of the instance: no attribute and no reference to the dispatcher stays on it."""
     patch = _patched.get(layer_class)
+    _holds.pop(layer, None)
     vars(layer).pop(PLAN, None)
     if patch is not None:
         patch.layers.discard(layer)
         patch.rebind(layer, patch.dispatcher, patch.original)
+
+
+def _set_plan(layer: nn.Module, layer_class: type, plan: Plan | bool) -> None:
+    """Gives an instance its plan and takes over what hooks kept of the original forward."""
+    patch = ensure_patched(layer_class)
+    setattr(layer, PLAN, plan)
+    patch.layers.add(layer)
+    patch.rebind(layer, patch.original, patch.dispatcher)
 
 
 def release(*, keep_classes: bool) -> None:
@@ -102,18 +132,8 @@ def release(*, keep_classes: bool) -> None:
             del _patched[layer_class]
 
 
-def planned_layers() -> list[tuple[nn.Module, type]]:
-    """Every living instance that has a plan, with the class that it was patched as."""
-    return [
-        (layer, layer_class)
-        for layer_class, patch in _patched.items()
-        for layer in patch.layers
-        if vars(layer).get(PLAN) not in (None, EXCLUDED)
-    ]
-
-
 def touched_layers() -> list[tuple[nn.Module, type]]:
-    """As `planned_layers`, the excluded ones included."""
+    """Every living instance of which somebody wants something, with the class that it was patched as."""
     return [(layer, layer_class) for layer_class, patch in _patched.items() for layer in patch.layers]
 
 
@@ -138,13 +158,20 @@ def _dispatcher(original: Forward) -> Forward:
     return make_dispatcher(original)
 
 
+def _original_of(forward: Forward) -> Forward | None:
+    from .dispatch import original_of
+
+    return original_of(forward)
+
+
 def _describe(function: Any) -> str:
     function = getattr(function, "__func__", function)
     return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def reset_compiled() -> None:
-    """Drops compiled graphs: Dynamo does not guard a submodule's forward, so they would go on with the old one."""
+    """Drops compiled graphs that were made before a layer was patched: Dynamo does not guard a submodule's forward, so
+    they would go on without the patch. (Those made of a patched layer guard its plan: undoing needs nothing.)"""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()

@@ -1,7 +1,8 @@
-"""A plan: all that never changes between two decode steps of one layer, worked out once."""
+"""A plan: how one layer decodes, worked out once, and what it was worked out from."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from typing import Any, NamedTuple
@@ -10,12 +11,26 @@ import torch
 from torch import nn
 
 from ..names import PLAN
-from ..ops.backends import Backend, select_backend
+from ..ops.backends import Backends
+from ..ops.step import Recipe
 from ..reasons import Reason
-from ..steps.split import HeadSplit, ranks_of, split_heads
-from ..upstream.families import Family, GatedNorm, HeadSizes, read_norm
+from ..steps.full import FullStep
+from ..steps.split import SplitStep, split_heads
+from ..upstream.families import FAMILIES, Family, HeadSizes, read_norm
+from ..upstream.seams import Upstream, stood_in_for
+from ..upstream.sharding import ranks_of
 
+# Whose functions upstream calls in a decode step.
+_PACKAGES = ("transformers", "fla", "causal_conv1d", "kernels")
 _counting = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _counting
+    _counting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
 
 
 class Settings(NamedTuple):
@@ -26,58 +41,44 @@ class Settings(NamedTuple):
     head_parallel: str = "auto"
 
 
-AS_IS = Settings()
+DEFAULT = Settings()
 
 
-class DecodePlan:
-    """How one layer decodes. Reading it costs attribute look-ups; nothing is computed from configuration again."""
+class Plan:
+    """How one layer decodes.
+
+    facts: all values and parts of the layer that the plan was made from. replaced: (owner, name, function) of
+    upstream's functions that a fast step stands in for. Both are compared on every call, so that a change after
+    patching is never overlooked.
+    """
 
     def __init__(
-        self,
-        name: str,
-        family: Family,
-        sizes: HeadSizes,
-        norm: GatedNorm,
-        norm_class: type[Any],
-        beta_scale: float,
-        settings: Settings,
-        split: HeadSplit | str,
-    ):
+        self, layer: Any, name: str, upstream: Upstream, sizes: HeadSizes, settings: Settings, strategy: Any
+    ) -> None:
         self.name = name
-        self.family = family
+        self.family: Family = FAMILIES[upstream.family]
         self.sizes = sizes
-        self.norm_class = norm_class
         self.settings = settings
-        self.split = split if isinstance(split, HeadSplit) else None
-        self.ranks = str(split)  # which heads this rank runs, or why all of them; empty without tensor parallelism
-        self.heads = (0, sizes.num_v_heads) if self.split is None else self.split.heads  # of this rank
-        self.options: dict[str, Any] = {  # of the op, on all heads
-            "eps": norm.eps,
-            "gate": norm.gate,
-            "beta_scale": beta_scale,
-            "cu_seqlens": None,
-            "heads": (0, sizes.num_v_heads),
-        }
-        self.rank_options = self.options | {"heads": self.heads}
+        self.strategy: FullStep | SplitStep = strategy
+        self.facts = self.family.facts(layer)
+        self.replaced = stood_in_for(upstream)
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
-        self.recurrent_strides = (sizes.head_k_dim * sizes.head_v_dim, sizes.head_v_dim, 1)  # of a sequence
         self.fast_steps = 0
         self.split_steps = 0  # of those, on this rank's heads alone
         self.fallbacks: Counter[Reason] = Counter()
-        self._backends: dict[torch.device, Backend] = {}
-
-    def backend_on(self, device: torch.device) -> Backend:
-        """The implementation that serves this layer on `device`: models move after they were patched."""
-        backend = self._backends.get(device)
-        if backend is None:
-            backend = self._backends[device] = select_backend(self.settings.backend, device)
-        return backend
+        self.unsupported = ""  # what the backend said of the last step that it did not take
 
     @property
     def last_backend(self) -> str:
         """The name of the backend on the device that it met last; before its first step, the one that was asked for."""
-        return list(self._backends.values())[-1].name if self._backends else self.settings.backend
+        return self.strategy.backends.last
+
+    def holds_for(self, layer: Any) -> bool:
+        """Whether the layer, and upstream's functions, are still what the plan was made from."""
+        if self.family.facts(layer) != self.facts:
+            return False
+        return all(getattr(owner, name, None) is function for owner, name, function in self.replaced)
 
     def count_fast_step(self, *, split: bool) -> None:
         with _counting:
@@ -93,19 +94,32 @@ class DecodePlan:
         return type(None), ()
 
 
-def make_plan(layer: Any, name: str, family: Family, settings: Settings) -> DecodePlan | str:
+def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> Plan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
+    family = FAMILIES[upstream.family]
     missing = family.missing_parts(layer)
     if missing:
         return f"it has no {', '.join(missing)}"
     ranks = ranks_of(layer, family.projections)
     sizes = HeadSizes.of(layer)
-    conv1d, norm_module = family.read_modules(layer)
     if ranks is not None and sizes.num_k_heads % ranks.size == 0:
         sizes = HeadSizes.of(layer, ranks.size)
+    _, norm_module = family.read_modules(layer)
     norm = read_norm(norm_module)
     if norm is None:
         return f"its {family.norm}, {type(norm_module).__name__}, is not a gated RMSNorm that was reviewed"
+    problem = _problem(layer, family, sizes) or _foreign_parts(layer, family, upstream)
+    if problem is not None:
+        return problem
+    recipe = Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, family.beta_scale(layer))
+    full = FullStep(family, sizes, recipe, Backends(settings.backend))
+    strategy = full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    return Plan(layer, name, upstream, sizes, settings, strategy)
+
+
+def _problem(layer: Any, family: Family, sizes: HeadSizes) -> str | None:
+    """What about the layer's own parts the op does not compute."""
+    conv1d, norm = family.read_modules(layer)
     if conv1d.bias is not None:
         return "its conv1d has a bias"
     if layer.activation not in ("silu", "swish"):
@@ -116,15 +130,27 @@ def make_plan(layer: Any, name: str, family: Family, settings: Settings) -> Deco
         "conv1d.weight": (conv1d.weight, (sizes.conv_channels, 1, sizes.conv_kernel_size)),
         "A_log": (layer.A_log, (sizes.num_v_heads,)),
         "dt_bias": (layer.dt_bias, (sizes.num_v_heads,)),
-        f"{family.norm}.weight": (norm_module.weight, (sizes.head_v_dim,)),
+        f"{family.norm}.weight": (norm.weight, (sizes.head_v_dim,)),
     }
     for part, (weight, shape) in shapes.items():
         if weight.shape != shape:
             return f"its {part} has shape {tuple(weight.shape)}, not {shape}"
-    split = "" if ranks is None else split_heads(layer, family, sizes, ranks, settings.head_parallel)
-    return DecodePlan(name, family, sizes, norm, type(norm_module), family.beta_scale(layer), settings, split)
+    return None
 
 
-def plan_of(layer: nn.Module) -> DecodePlan | None:
+def _foreign_parts(layer: Any, family: Family, upstream: Upstream) -> str | None:
+    """Functions of the layer that a fast step stands in for and that are not upstream's."""
+    if family.reordering is not None:
+        held = getattr(getattr(layer, family.reordering), "__func__", None)
+        if held is not vars(upstream.layer_class).get(family.reordering):
+            return f"its {family.reordering} is not {upstream.layer_class.__qualname__}'s"
+    for name in ("causal_conv1d_update", "recurrent_gated_delta_rule"):  # kept on the layer, up to 5.14
+        held = vars(layer).get(name)
+        if held is not None and str(getattr(held, "__module__", "")).partition(".")[0] not in _PACKAGES:
+            return f"its {name} is {held!r}, not Transformers' or a kernel package's"
+    return None
+
+
+def plan_of(layer: nn.Module) -> Plan | None:
     """The layer's plan, None where it has none or is excluded."""
     return layer.__dict__.get(PLAN) or None

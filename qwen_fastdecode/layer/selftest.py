@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
+from ..ops.step import States
 from ..reasons import Reason
-from ..upstream.caches import DecodeStates, new_cache, read_states
+from ..upstream.caches import cache_layer, new_cache, read_states
 from ..upstream.calls import KNOWN
-from ..upstream.families import FAMILIES
 from ..upstream.seams import Upstream, unwrap
-from .dispatch import decode_step
 from .eligibility import states_fit
-from .plan import DecodePlan, Settings, make_plan
+from .plan import Plan, Settings, make_plan
 
 Forward = Callable[..., Any]
 
@@ -53,14 +52,24 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class SelfTest(NamedTuple):
-    """`failure`: what differs or what is missing, None if the class passed; `near`: the largest distance then."""
+    """`failure`: what differs or what is missing, None if the class passed; `near`: the largest distance then.
+
+    `accident`: something could not be run at all, which may be different the next time (no memory, say).
+    """
 
     failure: str | None
-    near: str
+    near: str = ""
+    accident: bool = False
 
 
 class _Failed(Exception):
     """Why the class does not pass; never leaves this module."""
+
+    accident = False
+
+
+class _CouldNotRun(_Failed):
+    accident = True
 
 
 def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
@@ -75,7 +84,7 @@ def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
             with _apart(_device()):
                 distances[dtype] = _compare(upstream, forward, dtype)
     except _Failed as failure:
-        return SelfTest(str(failure), "")
+        return SelfTest(str(failure), accident=failure.accident)
     return SelfTest(None, ", ".join(f"{distance:.0e} in {dtype_name(dtype)}" for dtype, distance in distances.items()))
 
 
@@ -114,7 +123,7 @@ def _compare(upstream: Upstream, forward: Forward, dtype: torch.dtype) -> float:
     with _doing("a small layer cannot be built"):
         layer, theirs = _build(upstream, dtype, random)
     with _doing("its parts cannot be read"):
-        plan = make_plan(layer, "self-test", FAMILIES[upstream.family], Settings(backend="torch"))
+        plan = make_plan(layer, "self-test", upstream, Settings(backend="torch"))
     if isinstance(plan, str):
         raise _Failed(plan)
     hidden_states = _hidden_states(random).to(layer.A_log.device, dtype)
@@ -128,7 +137,8 @@ def _compare(upstream: Upstream, forward: Forward, dtype: torch.dtype) -> float:
             out = _upstream_step(forward, layer, token, theirs, PROMPT + i)
             expected.append((out, *_copies(_states(plan, layer, theirs, token))))
         with _doing("the fast step cannot run"):
-            out = decode_step(plan, layer, token, _states(plan, layer, ours, token))
+            its_cache = cache_layer(ours, layer.layer_idx)
+            out = plan.strategy.run(layer, token, its_cache, _states(plan, layer, ours, token))
             got.append((out, *_copies(_states(plan, layer, ours, token))))
     with _doing("upstream's decode step cannot run after fast steps"):  # it may keep more in the cache than we know
         after = [_upstream_step(forward, layer, last, cache, PROMPT + STEPS) for cache in (ours, theirs)]
@@ -159,7 +169,7 @@ def _doing(what: str) -> Iterator[None]:
     except _Failed:
         raise
     except Exception as error:
-        raise _Failed(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise _CouldNotRun(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _build(upstream: Upstream, dtype: torch.dtype, random: torch.Generator) -> tuple[nn.Module, Any]:
@@ -197,7 +207,7 @@ def _upstream_step(forward: Forward, layer: nn.Module, hidden_states: Tensor, ca
     return forward(layer, **arguments)
 
 
-def _states(plan: DecodePlan, layer: Any, cache: Any, hidden_states: Tensor) -> DecodeStates:
+def _states(plan: Plan, layer: Any, cache: Any, hidden_states: Tensor) -> States:
     states = read_states(cache, layer.layer_idx)
     if isinstance(states, Reason):
         raise _Failed(f"its cache, {type(cache).__name__}, cannot be served: {states}")
@@ -207,8 +217,8 @@ def _states(plan: DecodePlan, layer: Any, cache: Any, hidden_states: Tensor) -> 
     return states
 
 
-def _copies(states: DecodeStates) -> DecodeStates:
-    return DecodeStates(*(state.clone() for state in states))  # either side may go on in place
+def _copies(states: States) -> States:
+    return States(*(state.clone() for state in states))  # either side may go on in place
 
 
 def _distance(name: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

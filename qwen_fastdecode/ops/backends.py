@@ -11,14 +11,35 @@ from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..names import BACKENDS
+from .step import Recipe, Step
 from .torch_cpu import decode_torch
 
 
 class Backend(NamedTuple):
-    """A name, and the function that takes the arguments of `gated_delta_decode` unchecked."""
+    """A name, and the function that checks and computes a step; it raises UnsupportedStep for what it does not take."""
 
     name: str
-    decode: Callable[..., Tensor]
+    decode: Callable[[Step, Recipe], Tensor]
+
+
+class Backends:
+    """The implementation that serves a layer, by device: models move after they were patched."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._by_device: dict[torch.device, Backend] = {}
+
+    def on(self, device: torch.device) -> Backend:
+        """That on `device`; raises BackendUnavailable as `select_backend` does."""
+        backend = self._by_device.get(device)
+        if backend is None:
+            backend = self._by_device[device] = select_backend(self.name, device)
+        return backend
+
+    @property
+    def last(self) -> str:
+        """The name of the backend on the device that was met last; before that, the one that was asked for."""
+        return list(self._by_device.values())[-1].name if self._by_device else self.name
 
 
 def triton_unavailable(device: torch.device) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .backends import select_backend
-from .step import check_arguments
+from .step import Recipe, States, Step, Tokens, Weights, check_gradients, check_step, check_values
 
 
 def gated_delta_decode(
@@ -32,7 +32,7 @@ def gated_delta_decode(
     """One decode step of a gated DeltaNet layer, from its input projections to the input of its output projection.
 
     Causal convolution with silu, l2-norm of q and k, gates, gated delta rule (arXiv:2412.06464, eq. 10), gated
-    RMSNorm. Both states are updated in place. Value head hv reads key head hv // R.
+    RMSNorm. Both states are updated in place. Value head hv reads key head hv // R. It has no gradient.
 
     Args:
         q, k: [N, HK, DK], of N tokens in all; any strides but the last, which is 1: views of the projections' outputs.
@@ -40,25 +40,32 @@ def gated_delta_decode(
         b, a: [N, HK, R], any strides; beta = beta_scale * sigmoid(b), decay = exp(-exp(A_log) * softplus(a + dt_bias)).
         conv_state: [B, C, W], any strides; C = 2 * HK * DK + HV * DV channels [q | k | v], W taps, the oldest first.
         recurrent_state: [B, HV, DK, DV], float32 or bfloat16; computed in float32, rounded once a call.
-        conv_weight: [C, W]. A_log, dt_bias: [HV]. norm_weight: [DV].
+        conv_weight: [C, W], or [C, 1, W]. A_log, dt_bias: [HV]. norm_weight: [DV].
         eps: of the gated RMSNorm, added to the mean of squares.
         gate: activation of z, "silu" or "sigmoid".
         beta_scale: above 0, at most 2. With 2 the state's transition may have negative eigenvalues (arXiv:2411.12537).
-        cu_seqlens: [B + 1], int32 or int64: sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1]. None: each of
-            the B sequences owns N / B tokens in a row.
-        heads: (first, count), the value heads to compute; only their states, their v channels' taps and the q and k
-            taps of the key heads that they read are updated. None: all. With a range, q, k, v, z, b and a may hold the
-            key heads that it reads alone (as one tensor-parallel rank has them), in place of all HK.
+        cu_seqlens: [B + 1], int32 or int64, from 0 to N: sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1].
+            Its values are read on the host. None: each of the B sequences owns N / B tokens in a row.
+        heads: (first, count), the value heads to compute, those of whole key heads; only their states and the taps of
+            their q, k and v channels are updated. None: all. With a range, q, k, v, z, b and a may hold its key heads
+            alone (as one tensor-parallel rank has them), in place of all HK.
         backend: "auto", "triton" or "torch".
 
     Returns:
         [N, count * DV] in the dtype of v.
 
     Raises:
-        ValueError: an argument's shape, dtype, device, stride or value is not as above; the message names it.
+        UnsupportedStep: an argument's shape, dtype, device, stride or value is not as above, or the backend does not
+            take it (a ValueError; the message names the argument).
+        ValueError: cu_seqlens does not deal out every token once, or an argument wants a gradient.
         BackendUnavailable: `backend` cannot run on the device of q.
     """
-    tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    heads = check_arguments(*tensors, gate=gate, beta_scale=beta_scale, cu_seqlens=cu_seqlens, heads=heads)
-    decode = select_backend(backend, q.device).decode
-    return decode(*tensors, eps=eps, gate=gate, beta_scale=beta_scale, cu_seqlens=cu_seqlens, heads=heads)
+    tokens, states = Tokens(q, k, v, z, b, a), States(conv_state, recurrent_state)
+    step = Step.of(tokens, states, Weights(conv_weight, A_log, dt_bias, norm_weight), cu_seqlens)
+    if heads is None:
+        heads = 0, recurrent_state.shape[1] if recurrent_state.dim() == 4 else 0
+    recipe = Recipe(heads, eps, gate, beta_scale)
+    check_gradients((*tokens, *states, *step.weights))
+    check_step(step, recipe)
+    check_values(step)
+    return select_backend(backend, q.device).decode(step, recipe)

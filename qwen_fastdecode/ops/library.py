@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import select_backend
+from .step import Recipe, States, Step, Tokens, Weights, check_values
 
 _LIBRARY = torch.library.Library("qwen_fastdecode", "DEF")
 _LIBRARY.define(
@@ -24,31 +25,11 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "gated_delta_decode", "CompositeExplicitAutograd")
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    gate: str,
-    beta_scale: float,
-    backend: str,
-    cu_seqlens: Tensor | None,
-    first_head: int,
-    head_count: int,
-) -> Tensor:
-    tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    decode = select_backend(backend, v.device).decode
-    options = {"eps": eps, "gate": gate, "beta_scale": beta_scale, "cu_seqlens": cu_seqlens}
-    return decode(*tensors, **options, heads=(first_head, head_count))
+def _decode(*arguments: Any) -> Tensor:
+    tensors, (eps, gate, beta_scale, backend, cu_seqlens, *heads) = arguments[:12], arguments[12:]
+    step = Step.of(Tokens(*tensors[:6]), States(*tensors[6:8]), Weights(*tensors[8:]), cu_seqlens)
+    check_values(step)
+    return select_backend(backend, step.tokens.v.device).decode(step, Recipe(tuple(heads), eps, gate, beta_scale))
 
 
 @torch.library.register_fake("qwen_fastdecode::gated_delta_decode", lib=_LIBRARY)
@@ -57,28 +38,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return v.new_empty(v.shape[0], head_count * v.shape[3])
 
 
-def decode_registered(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    gate: str,
-    beta_scale: float = 1.0,
-    backend: str,
-    cu_seqlens: Tensor | None,
-    heads: tuple[int, int],
-) -> Tensor:
-    """`gated_delta_decode`, its arguments unchecked, as the operator qwen_fastdecode::gated_delta_decode."""
-    tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    options = eps, gate, beta_scale, backend, cu_seqlens
-    return torch.ops.qwen_fastdecode.gated_delta_decode(*tensors, *options, *heads)
+def decode_registered(step: Step, recipe: Recipe, backend: str) -> Tensor:
+    """The step through the operator qwen_fastdecode::gated_delta_decode, which checks it when it runs."""
+    options = recipe.eps, recipe.gate, recipe.beta_scale, backend, step.cu_seqlens, *recipe.heads
+    return torch.ops.qwen_fastdecode.gated_delta_decode(*step.tokens, *step.states, *step.weights, *options)

@@ -9,74 +9,74 @@ and inference mode, which spares each of them autograd's bookkeeping.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .step import DecodeShapes
+from .prepared import Prepared
+from .step import Recipe, States, Step, Tokens, Weights, check_step
 
 CHUNK_ELEMENTS = 1 << 19  # of recurrent state: 2 MB in float32
 
 
-def decode_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    gate: str,
-    beta_scale: float = 1.0,
-    cu_seqlens: Tensor | None,
-    heads: tuple[int, int],
-) -> Tensor:
-    """Same arguments and result as `gated_delta_decode`; computes in float32 (float64 for float64 activations).
+def decode_torch(step: Step, recipe: Recipe) -> Tensor:
+    """Computes in float32 (float64 for float64 activations); returns [N, count * DV] in the dtype of v.
 
-    Several tokens a sequence are worked off one after another, sequence by sequence. No gradient flows.
+    Several tokens a sequence are worked off one after another, sequence by sequence. Raises UnsupportedStep.
     """
-    s = DecodeShapes.of(q, v, conv_state)
-    tokens, weights = (q, k, v, z, b, a), (conv_weight, A_log, dt_bias, norm_weight)
-    key_heads = s.key_heads(*heads)
-    if q.shape[1] > key_heads[1]:
-        tokens = tuple(x.narrow(1, *key_heads) for x in tokens)
-    N, B = s.N, s.B
+    decode, dtype = _prepared.find(step, recipe)
     with torch.inference_mode():
-        step = partial(_decode_token, weights=weights, eps=eps, gate=gate, beta_scale=beta_scale, heads=heads)
-        state = recurrent_state.narrow(1, *heads)  # [B, count, DK, DV]
-        if cu_seqlens is None and N == B:
-            o = step(tokens, conv_state, state)
-        else:
-            bounds = [i * (N // B) for i in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-            o = _decode_sequences(step, tokens, conv_state, state, bounds)
-    return o.to(v.dtype, copy=True)  # made out here it is an ordinary tensor, with which the caller can do anything
+        out = decode(step)
+    return out.to(dtype, copy=True)  # made out here it is an ordinary tensor, free for any use
 
 
-def _decode_sequences(
-    step: Callable[..., Tensor], tokens: tuple[Tensor, ...], conv_state: Tensor, state: Tensor, bounds: list[int]
-) -> Tensor:
+def _prepare(step: Step, recipe: Recipe) -> tuple[Callable[[Step], Tensor], torch.dtype]:
+    s = check_step(step, recipe)
+    key_heads = s.key_heads(recipe)
+    narrow = step.tokens.q.shape[1] > key_heads[1]
+    one_token = step.cu_seqlens is None and s.N == s.B
+    every = s.N // s.B
+
+    def decode(step: Step) -> Tensor:
+        tokens, (conv_state, recurrent), weights = step.tokens, step.states, step.weights
+        if narrow:
+            tokens = Tokens(*(x.narrow(1, *key_heads) for x in tokens))
+        states = States(conv_state, recurrent.narrow(1, *recipe.heads))  # all taps, [B, count, DK, DV]
+        if weights.conv.dim() == 3:
+            weights = weights._replace(conv=weights.conv.squeeze(1))
+        if one_token:
+            return _decode_token(tokens, states, weights, recipe)
+        cu_seqlens = step.cu_seqlens
+        bounds = [i * every for i in range(s.B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+        return _decode_sequences(tokens, states, weights, recipe, bounds)
+
+    return decode, step.tokens.v.dtype
+
+
+_prepared = Prepared(_prepare)
+
+
+def _decode_sequences(tokens: Tokens, states: States, weights: Weights, recipe: Recipe, bounds: list[int]) -> Tensor:
     """Sequence i owns tokens bounds[i] to bounds[i + 1]; returns [N, count * DV] in the dtype that we compute in."""
-    v = tokens[2]
+    v, (conv, recurrent) = tokens.v, states
     dtype = _compute_dtype(v)
-    out = v.new_empty(v.shape[0], state.shape[1] * state.shape[3], dtype=dtype)
+    out = v.new_empty(v.shape[0], recurrent.shape[1] * recurrent.shape[3], dtype=dtype)
     for i, begin in enumerate(bounds[:-1]):
-        stored = state[i : i + 1]
-        S = stored.to(dtype)  # rounded to the state's own dtype once, after the last token
+        stored = States(conv[i : i + 1], recurrent[i : i + 1])
+        # Rounded to the states' own dtypes once, after the last token. Taps are copied in and out: the inputs of the
+        # last W tokens, which have the activations' dtype, are then the very values that came.
+        own = States(*(x.to(torch.promote_types(x.dtype, dtype)) for x in stored))
         for t in range(begin, bounds[i + 1]):
-            out[t] = step([x[t : t + 1] for x in tokens], conv_state[i : i + 1], S)
-        if S is not stored and begin < bounds[i + 1]:
-            stored.copy_(S)
+            token = Tokens(*(x[t : t + 1] for x in tokens))
+            out[t] = _decode_token(token, own, weights, recipe)
+        for x, y in zip(stored, own, strict=True):
+            if x is not y and begin < bounds[i + 1]:
+                x.copy_(y)
     return out
 
 
@@ -84,68 +84,42 @@ def _compute_dtype(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
 
 
-def _decode_token(
-    tokens: Sequence[Tensor],
-    conv_state: Tensor,
-    state: Tensor,
-    *,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor],
-    eps: float,
-    gate: str,
-    beta_scale: float,
-    heads: tuple[int, int],
-) -> Tensor:
-    """One token a sequence; `tokens` are those of the key heads that `heads` read.
-
-    state: [B, count, DK, DV], those of `heads`; returns [B, count * DV].
-    """
-    q, k, v, z, b, a = tokens
-    conv_weight, A_log, dt_bias, norm_weight = weights
-    R, DK, DV = v.shape[2], q.shape[2], v.shape[3]
-    if heads[1] < v.shape[1] * R:
-        z, b, a = (x.flatten(1, 2).narrow(1, heads[0] % R, heads[1]) for x in (z, b, a))
-    if heads[1] < A_log.shape[0]:
-        A_log, dt_bias = A_log.narrow(0, *heads), dt_bias.narrow(0, *heads)
+def _decode_token(tokens: Tokens, states: States, weights: Weights, recipe: Recipe) -> Tensor:
+    """One token a sequence; tokens of the recipe's key heads, all taps, recurrent states [B, count, DK, DV] of its
+    value heads. Returns [B, count * DV]."""
+    q, _, v, z, b, a = tokens
+    A_log, dt_bias, DK, DV = weights.A_log, weights.dt_bias, q.shape[2], v.shape[3]
+    if recipe.heads[1] < A_log.shape[0]:
+        A_log, dt_bias = A_log.narrow(0, *recipe.heads), dt_bias.narrow(0, *recipe.heads)
     beta = torch.sigmoid(b.to(_compute_dtype(v))).flatten(1)  # [B, count], as decay
-    if beta_scale != 1.0:
-        beta.mul_(beta_scale)
+    if recipe.beta_scale != 1.0:
+        beta.mul_(recipe.beta_scale)
     decay = _decay(a.to(_compute_dtype(v)).flatten(1), A_log, dt_bias)
-    o = _attend(q, k, v, beta, decay, conv_state, state, conv_weight, heads)  # [B, count, DV]
+    o = _attend(tokens, states, weights.conv, beta, decay, recipe)  # [B, count, DV]
 
     # q was not scaled by 1 / sqrt(DK): the norm undoes any scale of o, if its epsilon is scaled as well.
-    o.div_(_length(o, eps * DK * DV).mul_(DV**-0.5)).mul_(norm_weight)
+    o.div_(_length(o, recipe.eps * DK * DV).mul_(DV**-0.5)).mul_(weights.norm)
     z = z.to(o.dtype)
-    o.view(z.shape).mul_(F.silu(z) if gate == "silu" else torch.sigmoid(z))
+    o.view(z.shape).mul_(F.silu(z) if recipe.gate == "silu" else torch.sigmoid(z))
     return o.flatten(1)
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    decay: Tensor,
-    conv_state: Tensor,
-    state: Tensor,
-    conv_weight: Tensor,
-    heads: tuple[int, int],
-) -> Tensor:
+def _attend(tokens: Tokens, states: States, conv_weight: Tensor, beta: Tensor, decay: Tensor, recipe: Recipe) -> Tensor:
     """Convolution, unit lengths, delta rule; updates both states and returns o, [B, count, DV]."""
-    (first, count), R = heads, v.shape[2]
-    qk, v = _convolve(q, k, v, conv_state, conv_weight, heads)  # [B, 2, key heads, DK], [B, count, DV]
+    qk, v = _convolve(tokens, states.conv, conv_weight, recipe)  # [B, 2, key heads, DK], [B, count, DV]
     qk.div_(_length(qk, 1e-6))
-    qk = qk.unsqueeze(3).expand(-1, -1, -1, R, -1).flatten(2, 3).narrow(2, first % R, count)  # [B, 2, count, DK]
-    return _delta_rule(state, qk, v, beta.unsqueeze(2), decay.view(*decay.shape, 1, 1))
+    R = v.shape[1] // qk.shape[2]
+    qk = qk.unsqueeze(3).expand(-1, -1, -1, R, -1).flatten(2, 3)  # [B, 2, count, DK]
+    return _delta_rule(states.recurrent, qk, v, beta.unsqueeze(2), decay.view(*decay.shape, 1, 1))
 
 
-def _convolve(
-    q: Tensor, k: Tensor, v: Tensor, conv_state: Tensor, weight: Tensor, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def _convolve(tokens: Tokens, conv_state: Tensor, weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """silu(conv) of some value heads, v [B, count, DV], and of the key heads that they read, q and k [B, 2, ..., DK].
 
     Shifts the new token into the taps of their channels.
     """
-    (B, key_heads, DK), (R, DV), (first, count) = q.shape, v.shape[2:], heads
+    q, k, v = tokens[:3]
+    (B, key_heads, DK), (R, DV), (first, count) = q.shape, v.shape[2:], recipe.heads
     HK = weight.shape[0] // (2 * DK + R * DV)
     if count == HK * R:
         x = torch.cat((torch.cat((q, k), dim=1).flatten(1), v.flatten(1)), dim=1)  # [B, C]
@@ -153,16 +127,15 @@ def _convolve(
         x = x.to(_compute_dtype(x))
         y = _convolve_channels_(x, taps, weight)
     else:
-        inputs = q, k, v.flatten(1, 2).narrow(1, first % R, count)
         starts = first // R * DK, (HK + first // R) * DK, 2 * HK * DK + first * DV
-        spans = zip(inputs, starts, strict=True)
+        spans = zip((q, k, v), starts, strict=True)
         y = torch.cat([_convolve_span(x, conv_state, weight, start) for x, start in spans], dim=1)
     key = y.shape[1] - count * DV
     return y.narrow(1, 0, key).view(B, 2, key_heads, DK), y.narrow(1, key, count * DV).view(B, count, DV)
 
 
 def _convolve_span(x: Tensor, conv_state: Tensor, weight: Tensor, start: int) -> Tensor:
-    """The same for the channels from `start` on. x: [B, heads, DK or DV] -> [B, channels]."""
+    """The same for the channels from `start` on. x: [B, heads, DK or (R, DV)] -> [B, channels]."""
     x = x.flatten(1)
     span = start, x.shape[1]
     taps = _shift(conv_state.narrow(1, *span), x)
@@ -248,13 +221,31 @@ def _weighted_rows(x: Tensor, S: Tensor) -> Tensor:
     return out.view(B, HV, DV)
 
 
-@lru_cache(maxsize=16)
+def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps what `make` returned for the last few arguments; fake tensors, which a mode makes of it, are not kept."""
+    found: dict[Any, Any] = {}
+
+    @wraps(make)
+    def get(*arguments: Any) -> Any:
+        made = found.get(arguments)
+        if made is None:
+            made = make(*arguments)
+            if len(found) >= 16:
+                found.clear()
+            if all(type(x) is Tensor for x in (made if isinstance(made, tuple) else (made,))):
+                found[arguments] = made
+        return made
+
+    return get
+
+
+@_kept
 def _bags(heads: int, DK: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row numbers of all heads' states, and where the bag of each head starts."""
     rows = torch.arange(heads * DK, dtype=torch.int32, device=device)
     return rows, rows[::DK].contiguous()
 
 
-@lru_cache(maxsize=16)
+@_kept
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=device)

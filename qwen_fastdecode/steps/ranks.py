@@ -7,26 +7,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
 
 from .. import __version__
 from ..errors import PatchError, RanksDisagree
+from ..upstream.sharding import Ranks
 
 TIMEOUT = 30.0  # seconds that a rank waits for the others
 _rounds: Counter[str] = Counter()  # exchanges so far, by group: every rank's n-th meets the others' n-th
-
-
-class Ranks(NamedTuple):
-    """The ranks of a process group, and which of them this process is."""
-
-    group: Any
-    rank: int
-    size: int
 
 
 def exchange(ranks: Ranks, what: str, message: Any) -> list[Any]:
@@ -49,7 +42,11 @@ def exchange(ranks: Ranks, what: str, message: Any) -> list[Any]:
             "Every rank of a tensor-parallel model must call it; torch.distributed.barrier() before it waits for ranks "
             "that are merely late"
         )
-    return [json.loads(store.get(f"{key}{rank}")) for rank in range(ranks.size)]
+    answers = [json.loads(store.get(f"{key}{rank}")) for rank in range(ranks.size)]
+    for rank, answer in enumerate(answers):
+        if isinstance(answer, dict) and "error" in answer:  # it gave up, or failed, before this rank came
+            raise RanksDisagree(f"{what}: it failed on rank {rank} of {ranks.size}: {answer['error']}")
+    return answers
 
 
 @contextmanager
@@ -64,7 +61,8 @@ def agreement(groups: Iterable[Ranks], settings: dict[str, Any]) -> Iterator[Non
         yield
     except (PatchError, ValueError) as error:
         for ranks in groups:
-            exchange(ranks, "patch()", {**everything, "error": f"{type(error).__name__}: {error}"})
+            with suppress(RanksDisagree):  # this rank's own error, or that others did not come to hear of it
+                exchange(ranks, "patch()", {"error": f"{type(error).__name__}: {error}"})
         raise
     for ranks in groups:
         _compare(ranks, exchange(ranks, "patch()", everything))
@@ -73,9 +71,6 @@ def agreement(groups: Iterable[Ranks], settings: dict[str, Any]) -> Iterator[Non
 def _compare(ranks: Ranks, answers: list[dict[str, Any]]) -> None:
     """Raises what differs from this rank, naming the ranks."""
     mine = answers[ranks.rank]
-    for rank, answer in enumerate(answers):
-        if "error" in answer:
-            raise RanksDisagree(f"patch() failed on rank {rank} of {ranks.size}: {answer['error']}")
     for name, value in mine.items():
         others = {rank: answer.get(name) for rank, answer in enumerate(answers) if answer.get(name) != value}
         if others:

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import copy
-import gc
-import itertools
-from collections.abc import Iterator
+from functools import cache as kept
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import cache_utils
 
-from ..errors import PatchError
+from ..ops.step import States
 from ..reasons import Reason
 
 _Cache: Any = cache_utils.Cache
 _Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
 # Up to 5.4 each family has a cache of its own, with one list of conv states and one of recurrent states.
 _OF_LISTS = ("Qwen3NextDynamicCache", "Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")
-_PARTIAL = "_qwen_fastdecode_partial"  # the attribute of a marked cache layer
-_serials = itertools.count()
+SETTLES = "_qwen_fastdecode_settles"  # marks a class in which reading the states settles them first (`unsettled`)
+_STATES = ("conv_states", "recurrent_states", "has_previous_state")  # attributes of a cache layer
 
 
-class DecodeStates(NamedTuple):
-    """The states of one layer, to be updated in place: conv [B, C, W], recurrent [B, HV, DK, DV]."""
+def _functions(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of `names` that are methods of the class; some releases have no such method, some a property."""
+    found = {name: getattr(owner, name, None) for name in names}
+    return {name: function for name, function in found.items() if callable(function)}
 
-    conv: Tensor
-    recurrent: Tensor
+
+# What upstream stores and reads states with. A fast step goes past it, so it must be what it was.
+_OF_CACHE = _functions(
+    _Cache,
+    ("update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "is_recording_past"),
+)
+_OF_LAYER = _functions(_Layer, ("update_conv_state", "update_recurrent_state"))
 
 
-def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
+def read_states(cache: Any, layer_idx: int) -> States | Reason:
     """The states of layer `layer_idx`, read anew on every call (beam search replaces both tensors), or why not.
 
-    A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`.
+    A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`. What a
+    layer owes is not settled by reading it here.
     """
     if _Layer is None:
         return _read_lists(cache, layer_idx)
-    if not isinstance(cache, _Cache) or not _updates_in_place(cache, layer_idx):
+    if not isinstance(cache, _Cache) or not _keeps_states_plainly(cache, layer_idx):
         return Reason.UNKNOWN_CACHE
     layer: Any = cache.layers[layer_idx]
     states = stored_states(layer)
@@ -49,12 +55,19 @@ def read_states(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     return states
 
 
-def stored_states(layer: Any) -> DecodeStates | None:
-    """The states of one cache layer, None where they hold no past."""
-    conv, recurrent, has_past = layer.conv_states, layer.recurrent_states, layer.has_previous_state
+def cache_layer(cache: Any, layer_idx: int) -> Any:
+    """The layer's own part of the cache; None where there is none (no such layer, a cache of lists, no cache)."""
+    layers = getattr(cache, "layers", ())
+    return layers[layer_idx] if layer_idx < len(layers) else None
+
+
+def stored_states(layer: Any) -> States | None:
+    """The tensors of one cache layer as they are, None where they hold no past."""
+    held = vars(layer)
+    conv, recurrent, has_past = held["conv_states"], held["recurrent_states"], held["has_previous_state"]
     if isinstance(has_past, dict):  # 5.14 on: several states a layer; gated DeltaNet uses the first
         conv, recurrent, has_past = conv[0], recurrent[0], has_past[0]
-    return None if not has_past or conv is None or recurrent is None else DecodeStates(conv, recurrent)
+    return None if not has_past or conv is None or recurrent is None else States(conv, recurrent)
 
 
 def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> Tensor:
@@ -64,9 +77,9 @@ def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> T
     to 5.4 they put a float32 one in its place, which the next step converts again).
     """
     layer: Any = cache if _Layer is None else cache.layers[layer_idx]
-    held = layer.recurrent_states
+    held = vars(layer)["recurrent_states"]
     if isinstance(held, Tensor):  # 5.5 to 5.13
-        state = layer.recurrent_states = held.to(dtype)
+        state = vars(layer)["recurrent_states"] = held.to(dtype)
     else:  # a list of all layers' states; from 5.14 on a dict of the layer's
         key = layer_idx if _Layer is None else 0
         state = held[key] = held[key].to(dtype)
@@ -80,15 +93,23 @@ def new_cache(config: Any, modeling: ModuleType) -> Any:
     return own[0](config) if own else modeling.DynamicCache(config=config)
 
 
-def update_functions() -> dict[str, Any]:
-    """What upstream stores states with, by name: a fast step writes into the tensors in its place."""
+def replaced_functions() -> list[str]:
+    """Which of upstream's functions that store and read states are no longer those that Transformers came with."""
+    owners = ((_Cache, _OF_CACHE), (_Layer, _OF_LAYER))
+    return [
+        f"{owner.__name__}.{name}"
+        for owner, functions in owners
+        for name, function in functions.items()
+        if getattr(owner, name, None) is not function
+    ]
+
+
+def cache_functions() -> dict[str, Any]:
+    """Upstream's functions that store and read states, and that make what they store into, by name."""
     if _Layer is None:
         return {}
-    return {
-        f"{owner.__name__}.{name}": vars(owner)[name]
-        for owner in (_Cache, _Layer)
-        for name in ("update_conv_state", "update_recurrent_state")
-    }
+    owners = ((_Cache, _OF_CACHE), (_Layer, _OF_LAYER | _functions(_Layer, ("lazy_initialization", "__init__"))))
+    return {f"{owner.__name__}.{name}": getattr(owner, name) for owner, functions in owners for name in functions}
 
 
 def with_own_layer(cache: Any, layer_idx: int) -> Any:
@@ -101,7 +122,7 @@ def with_own_layer(cache: Any, layer_idx: int) -> Any:
     return own
 
 
-def _read_lists(cache: Any, layer_idx: int) -> DecodeStates | Reason:
+def _read_lists(cache: Any, layer_idx: int) -> States | Reason:
     """Up to 5.4. Upstream asks the *last* linear layer for a past, and puts a new recurrent tensor into the list.
 
     It updates the conv state in place, so nobody can have kept either from before: both may be updated in place.
@@ -112,64 +133,35 @@ def _read_lists(cache: Any, layer_idx: int) -> DecodeStates | Reason:
     conv, recurrent = cache.conv_states[layer_idx], cache.recurrent_states[layer_idx]
     if not cache.has_previous_state or conv is None or recurrent is None:
         return Reason.NO_PREVIOUS_STATE
-    return DecodeStates(conv, recurrent)
+    return States(conv, recurrent)
 
 
-def _updates_in_place(cache: Any, layer_idx: int) -> bool:
-    """Whether nobody has changed how this layer's states are stored: then writing into the tensors is an update."""
+def _keeps_states_plainly(cache: Any, layer_idx: int) -> bool:
+    """Whether nobody has changed how this layer's states are stored and read: then the tensors are the states.
+
+    Methods are looked up as a call would: on the object, on its class, and on the classes above it.
+    """
     if layer_idx >= len(cache.layers):
         return False
-    layer_class: Any = type(cache.layers[layer_idx])
-    return (
-        type(cache).update_conv_state is _Cache.update_conv_state
-        and type(cache).update_recurrent_state is _Cache.update_recurrent_state
-        and issubclass(layer_class, _Layer)
-        and layer_class.update_conv_state is _Layer.update_conv_state
-        and layer_class.update_recurrent_state is _Layer.update_recurrent_state
-    )
+    layer: Any = cache.layers[layer_idx]
+    if not isinstance(layer, _Layer) or not _has_plain_attributes(type(layer)):
+        return False
+    for name, function in _OF_LAYER.items():
+        if getattr(getattr(layer, name), "__func__", None) is not function:
+            return False
+    for name, function in _OF_CACHE.items():  # noqa: SIM110 (Dynamo of torch 2.11 does not trace a generator here)
+        if getattr(getattr(cache, name), "__func__", None) is not function:
+            return False
+    return True
 
 
-class Partial:
-    """The mark of a cache layer whose states are right for some heads only: `split` knows which, and gets the others.
-
-    It lies on the cache layer, not on its tensors: beam search replaces those and keeps the layer. A deep copy of a
-    cache copies stale tensors and so is marked too. Serials are the same on every rank: all do the same things.
-    """
-
-    def __init__(self, split: Any):
-        self.split = split
-        self.serial = next(_serials)
-
-    @staticmethod
-    def of(layer: Any) -> Partial | None:
-        """The mark of a cache layer."""
-        return vars(layer).get(_PARTIAL)
-
-    @staticmethod
-    def put(layer: Any, split: Any) -> None:
-        """Marks a cache layer unless it is."""
-        if _PARTIAL not in vars(layer):
-            setattr(layer, _PARTIAL, Partial(split))
-
-    @staticmethod
-    def remove(layer: Any) -> None:
-        """The layer is whole, or holds nothing."""
-        vars(layer).pop(_PARTIAL, None)
-
-    def __deepcopy__(self, _: Any) -> Partial:
-        return Partial(self.split)
-
-    def __reduce__(self) -> Any:
-        raise PatchError(
-            "this cache was decoded with its heads split over tensor-parallel ranks, and this rank holds only some of "
-            "them: qwen_fastdecode.unpatch(model) on every rank makes it whole"
-        )
+@torch.compiler.assume_constant_result
+def _has_plain_attributes(kind: type) -> bool:
+    return _is_plain(kind)
 
 
-def marked_layers() -> Iterator[tuple[Any, Partial]]:
-    """Every living cache layer with a mark."""
-    for thing in gc.get_objects():
-        if _Layer is not None and issubclass(type(thing), _Layer):
-            mark = Partial.of(thing)
-            if mark is not None:
-                yield thing, mark
+@kept
+def _is_plain(kind: type) -> bool:
+    """Whether the states are ordinary attributes of this class of cache layers. (Ours for one that owes are not.)"""
+    classes = [base for base in kind.__mro__ if base is not object and SETTLES not in vars(base)]
+    return not any(name in vars(base) for base in classes for name in (*_STATES, "__getattribute__"))

@@ -1,12 +1,15 @@
-"""The only place that knows upstream's projections and gated norms: from a layer's modules to the op's arguments."""
+"""The only place that knows upstream's projections and gated norms: from a layer's modules to a step's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from ..ops.step import Sources, Tokens, Weights
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,6 @@ class HeadSizes:
         return cls(tp_size=tp_size, **{name: int(getattr(layer, name)) for name in names})
 
 
-class DecodeViews(NamedTuple):
-    """Views of the projections' outputs for one token a sequence, without a copy (DESIGN of the op: `ops.decode`)."""
-
-    q: Tensor  # [B, HK, DK]
-    k: Tensor  # [B, HK, DK]
-    v: Tensor  # [B, HK, R, DV]
-    z: Tensor  # [B, HK, R, DV]
-    b: Tensor  # [B, HK, R]
-    a: Tensor  # [B, HK, R]
-
-
 class GatedNorm(NamedTuple):
     """What a gated RMSNorm computes: weight * rmsnorm(x, eps) * gate(z)."""
 
@@ -67,19 +59,21 @@ class Family:
     """One upstream model family: what its gated DeltaNet layers are made of, and how they project a token.
 
     projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
-    project: calls them, as modules (layer, hidden_states [B, 1, hidden size], sizes).
+    read: the tokens in what the projections returned (`project`), as views, for layers of the given sizes.
     rows_are_heads: the projections of which an n-th of the rows are an n-th of the heads.
     norm, out_proj: the names of the gated norm and of the output projection.
     beta_scale: what a layer multiplies beta by.
+    reordering: the method that upstream splits its projections' outputs by, where it has one; `read` stands in for it.
     """
 
     name: str
     projections: Mapping[str, str]
-    project: Callable[[Any, Tensor, HeadSizes], DecodeViews]
+    read: Callable[[Sources, HeadSizes], Tokens]
     rows_are_heads: tuple[str, ...] = ()
     norm: str = "norm"
     out_proj: str = "out_proj"
     beta_scale: Callable[[Any], float] = lambda layer: 1.0
+    reordering: str | None = None
 
     def projection_sizes(self, s: HeadSizes) -> tuple[int, ...]:
         """How many features each of `projections` gives."""
@@ -96,51 +90,90 @@ class Family:
         """conv1d and the gated norm: a fast step reads their weights and does not call them."""
         return layer.conv1d, getattr(layer, self.norm)
 
-    def weights(self, layer: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the op's order: conv_weight [C, W], A_log [HV], dt_bias [HV], norm_weight [DV]."""
+    def project(self, layer: Any, hidden_states: Tensor) -> Sources:
+        """What the input projections return for hidden_states [B, 1, hidden size], called as modules.
+
+        Adapters, quantised weights and tensor parallelism live in these modules. Features lie side by side in what a
+        linear layer returns; what lies otherwise (a transposed product) is copied.
+        """
+        outputs = [getattr(layer, name)(hidden_states) for name in self.projections]
+        return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in outputs)
+
+    def weights(self, layer: Any) -> Weights:
+        """The parameters that a step reads."""
         conv1d, norm = self.read_modules(layer)
-        return conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, norm.weight
+        return Weights(conv1d.weight, layer.A_log, layer.dt_bias, norm.weight)
 
     def project_out(self, layer: Any, out: Tensor) -> Tensor:
         """The op's result [B, HV * DV] -> the layer's output [B, 1, hidden size]."""
         return getattr(layer, self.out_proj)(out.unsqueeze(1))
 
+    def facts(self, layer: Any) -> tuple[Any, ...]:
+        """All that a plan of `layer` was made from, by value, and whose parts by identity: a change shows here."""
+        conv1d, norm = self.read_modules(layer)
+        has = layer.__dict__
+        return (
+            type(conv1d),
+            conv1d.bias is None,
+            type(norm),
+            _epsilon(norm),
+            getattr(norm, "activation", "silu"),
+            getattr(norm, "bias", None) is None,
+            layer.activation,
+            layer.num_k_heads,
+            layer.num_v_heads,
+            layer.head_k_dim,
+            layer.head_v_dim,
+            layer.conv_kernel_size,
+            self.beta_scale(layer),
+            None if self.reordering is None else getattr(getattr(layer, self.reordering), "__func__", None),
+            has.get("causal_conv1d_update"),  # up to 5.14 a layer keeps the functions that it calls
+            has.get("recurrent_gated_delta_rule"),
+        )
 
-def project_grouped(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
+
+@cache
+def reader(family: Family, sizes: HeadSizes) -> Callable[[Sources], Tokens]:
+    """`family.read` for layers of these sizes: one function for all of them, so that steps of one kind share it."""
+    return lambda sources: family.read(sources, sizes)
+
+
+def read_grouped(sources: Sources, sizes: HeadSizes) -> Tokens:
     """qwen3_next: the features of one key head lie together, [q | k | v of its R heads | z of its R heads]."""
-    B, R, DK, DV = hidden_states.shape[0], s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
-    qkvz = layer.in_proj_qkvz(hidden_states).view(B, -1, 2 * DK + 2 * R * DV)  # HK heads, or those of a rank
-    ba = layer.in_proj_ba(hidden_states).view(B, -1, 2, R)
+    B, R, DK, DV = sources[0].shape[0], sizes.v_heads_per_k_head, sizes.head_k_dim, sizes.head_v_dim
+    qkvz = sources[0].view(B, -1, 2 * DK + 2 * R * DV)  # HK heads, or those of a rank
     q, k, v, z = qkvz.split((DK, DK, R * DV, R * DV), dim=2)
-    b, a = ba.unbind(2)
-    return DecodeViews(q, k, v.unflatten(2, (R, DV)), z.unflatten(2, (R, DV)), b, a)
+    b, a = sources[1].view(B, -1, 2, R).unbind(2)
+    return Tokens(q, k, v.unflatten(2, (R, DV)), z.unflatten(2, (R, DV)), b, a)
 
 
-def project_split(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
+def read_split(sources: Sources, sizes: HeadSizes) -> Tokens:
     """qwen3_5 and later: q, k, v side by side over all heads; z, b and a each from a projection of their own."""
-    B, HK, R, DK, DV = hidden_states.shape[0], s.num_k_heads, s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
-    qkv = layer.in_proj_qkv(hidden_states).view(B, s.conv_channels)
-    q, k, v = qkv.split((HK * DK, HK * DK, HK * R * DV), dim=1)
-    return DecodeViews(
-        q.view(B, HK, DK),
-        k.view(B, HK, DK),
-        v.view(B, HK, R, DV),
-        layer.in_proj_z(hidden_states).view(B, -1, R, DV),  # HK heads, or those of a rank
-        layer.in_proj_b(hidden_states).view(B, -1, R),
-        layer.in_proj_a(hidden_states).view(B, -1, R),
+    qkv, z, b, a = sources
+    B, R, DK, DV = qkv.shape[0], sizes.v_heads_per_k_head, sizes.head_k_dim, sizes.head_v_dim
+    key, value = sizes.num_k_heads * DK, sizes.num_v_heads * DV
+    q, k, v = qkv.view(B, sizes.conv_channels).split((key, key, value), dim=1)
+    return Tokens(
+        q.view(B, -1, DK),
+        k.view(B, -1, DK),
+        v.view(B, -1, R, DV),
+        z.view(B, -1, R, DV),  # HK heads, or those of a rank
+        b.view(B, -1, R),
+        a.view(B, -1, R),
     )
 
 
-def project_apart(layer: Any, hidden_states: Tensor, s: HeadSizes) -> DecodeViews:
+def read_apart(sources: Sources, sizes: HeadSizes) -> Tokens:
     """olmo_hybrid: each from a projection of its own; g_proj gives what the gated norm takes, our z."""
-    B, HK, R, DK, DV = hidden_states.shape[0], s.num_k_heads, s.v_heads_per_k_head, s.head_k_dim, s.head_v_dim
-    return DecodeViews(
-        layer.q_proj(hidden_states).view(B, HK, DK),
-        layer.k_proj(hidden_states).view(B, HK, DK),
-        layer.v_proj(hidden_states).view(B, HK, R, DV),
-        layer.g_proj(hidden_states).view(B, HK, R, DV),
-        layer.b_proj(hidden_states).view(B, HK, R),
-        layer.a_proj(hidden_states).view(B, HK, R),
+    q, k, v, z, b, a = sources
+    B, R, DK, DV = q.shape[0], sizes.v_heads_per_k_head, sizes.head_k_dim, sizes.head_v_dim
+    return Tokens(
+        q.view(B, -1, DK),
+        k.view(B, -1, DK),
+        v.view(B, -1, R, DV),
+        z.view(B, -1, R, DV),
+        b.view(B, -1, R),
+        a.view(B, -1, R),
     )
 
 
@@ -151,40 +184,47 @@ def _two_where_negative(layer: Any) -> float:
 
 _GROUPED = (
     {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"},
-    project_grouped,
+    read_grouped,
     ("in_proj_qkvz", "in_proj_ba"),
 )
 _SPLIT = (
     {"in_proj_qkv": "qkv", "in_proj_z": "z", "in_proj_b": "b", "in_proj_a": "a"},
-    project_split,
+    read_split,
     ("in_proj_z", "in_proj_b", "in_proj_a"),
 )
 _APART = (
     {"q_proj": "q", "k_proj": "k", "v_proj": "v", "g_proj": "z", "b_proj": "b", "a_proj": "a"},
-    project_apart,
+    read_apart,
 )
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("qwen3_next", *_GROUPED),
+        Family("qwen3_next", *_GROUPED, reordering="fix_query_key_value_ordering"),
         Family("qwen3_5", *_SPLIT),
         Family("qwen3_5_moe", *_SPLIT),
         Family("qwen4_exp", *_SPLIT),
+        Family("lara_mini", *_SPLIT),
         Family("olmo_hybrid", *_APART, norm="o_norm", out_proj="o_proj", beta_scale=_two_where_negative),
     )
 }
 
 
 def read_norm(norm: Any) -> GatedNorm | None:
-    """What `norm` computes, or None if it is not one of the gated norms that these families use.
-
-    Upstream's own class keeps its epsilon as `variance_epsilon`; flash-linear-attention's, which upstream takes up to
-    5.14 where that package is installed, as `eps`.
-    """
-    epsilons = {"transformers": "variance_epsilon", "fla": "eps"}
-    eps = getattr(norm, epsilons.get(type(norm).__module__.partition(".")[0], ""), None)
+    """What `norm` computes, or None if it is not one of the gated norms that these families use."""
+    eps = _epsilon(norm)
     if not type(norm).__name__.endswith("RMSNormGated") or eps is None or getattr(norm, "bias", None) is not None:
         return None
     gate = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}.get(getattr(norm, "activation", "silu"))
     return None if gate is None else GatedNorm(float(eps), gate)
+
+
+def _epsilon(norm: Any) -> float | None:
+    """A gated norm's epsilon: a number, since a tensor could change and stay the same object.
+
+    Upstream's own class keeps it as `variance_epsilon`; flash-linear-attention's, which upstream takes up to 5.14 where
+    that package is installed, as `eps`.
+    """
+    kept_as = {"transformers": "variance_epsilon", "fla": "eps"}.get(type(norm).__module__.partition(".")[0], "")
+    eps = getattr(norm, kept_as, None)
+    return eps if isinstance(eps, (float, int)) else None

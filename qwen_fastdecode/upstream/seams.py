@@ -67,15 +67,36 @@ def load_seams() -> tuple[Seam, ...]:
     return tuple(seams)
 
 
+@cache
+def _layers() -> dict[tuple[str, str], tuple[str, str | None]]:
+    """(module, class) of every layer that was reviewed in some release -> its family, and what its module `needs`."""
+    return {(seam.module, seam.layer): (seam.family, seam.needs) for seam in load_seams()}
+
+
+def upstream_of(kind: type) -> Upstream | None:
+    """The gated DeltaNet class that `kind` is or inherits from.
+
+    By the name that it was made with: its module may meanwhile hold another object by that name (a reload, a patch).
+    """
+    for base in kind.__mro__:
+        found = _layers().get((str(base.__module__), base.__qualname__))
+        if found is not None and _has(base.__module__, found[1]):
+            return Upstream(found[0], base)
+    return None
+
+
+def _has(module: str, needs: str | None) -> bool:
+    return needs is None or hasattr(sys.modules.get(module), needs)
+
+
 def upstream_classes(*, import_missing: bool) -> Iterator[Upstream]:
     """The gated DeltaNet classes that the installed Transformers has; only those already imported, unless asked."""
-    classes = {(seam.family, seam.module, seam.layer): seam.needs for seam in load_seams()}
-    for (family, module, layer), needs in sorted(classes.items()):
+    for (module, layer), (family, needs) in sorted(_layers().items()):
         if import_missing and module not in sys.modules and _exists(module):
             importlib.import_module(module)
         # Not import_module: it would wait for another thread that imports it, and that may wait for our lock.
         imported = sys.modules.get(module)
-        if needs is not None and not hasattr(imported, needs):
+        if not _has(module, needs):
             continue
         # While `transformers.monkey_patching` is at work the name may stand for a subclass of somebody else's.
         held = getattr(imported, layer, None)
@@ -99,6 +120,22 @@ def current_sources(upstream: Upstream, forward: Any) -> dict[str, Any]:
     found = {name: _find(module, name) for name in dict.fromkeys(_names(upstream)) | known}
     found[f"{upstream.layer_class.__name__}.forward"] = forward
     return {name: function for name, function in found.items() if name in known or function is not None}
+
+
+def stood_in_for(upstream: Upstream) -> tuple[tuple[Any, str, Any], ...]:
+    """(owner, name, function) of what upstream's forward calls and a fast step does not, as it is now.
+
+    A later step compares: who replaces one of them means to change what a layer computes.
+    """
+    module = sys.modules[upstream.layer_class.__module__]
+    forward = f"{upstream.layer_class.__name__}.forward"
+    found = []
+    for dotted in _names(upstream):
+        *outer, name = dotted.split(".")
+        owner = getattr(module, outer[0], None) if outer else module
+        if dotted != forward and outer[:1] != [upstream.layer_class.__name__] and hasattr(owner, name):
+            found.append((owner, name, getattr(owner, name)))
+    return tuple(found)
 
 
 def foreign_patch(current: dict[str, Any]) -> str | None:

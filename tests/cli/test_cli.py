@@ -207,8 +207,10 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "start",
-    [["-m", "qwen_fastdecode", "compare"], [str(ROOT / "examples" / "ab_compare.py")]],
-    ids=["module", "example"],
+    [
+        pytest.param(["-m", "qwen_fastdecode", "compare"], id="module"),
+        pytest.param([str(ROOT / "examples" / "ab_compare.py")], id="example", marks=pytest.mark.slow),
+    ],
 )
 def test_other_ways_to_start_it(start: list[str]) -> None:
     arguments = [sys.executable, *start, str(CHECKPOINTS / "nothing"), *FEW]

@@ -56,7 +56,10 @@ def expected() -> str:
     return generator(PROMPT, max_new_tokens=NEW, do_sample=False)[0]["generated_text"]
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")])
+ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+
+
+@pytest.mark.parametrize("launcher", [(), pytest.param(ACCELERATE, marks=pytest.mark.slow)])
 def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     write(tmp_path / "program.py", PIPELINE)
     done = python(*launcher, *RUN, "--report", "program.py", TINY, cwd=tmp_path)
@@ -129,6 +132,7 @@ def conversation(url: str) -> list[Any]:
     return texts
 
 
+@pytest.mark.slow
 def test_transformers_serve_answers_the_same_and_fast(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("transformers")
     logs = tmp_path / "plain.log", tmp_path / "patched.log"

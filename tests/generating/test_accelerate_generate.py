@@ -115,6 +115,7 @@ def kill_a_process(folder: Path, rank: int, after: int) -> None:
         assert psutil.wait_procs(both, timeout=ENDED)[1] == []
 
 
+@pytest.mark.slow
 def test_killed_twice_and_continued(tmp_path: Path) -> None:
     texts = prompts(80)
     write_prompts(tmp_path, texts)

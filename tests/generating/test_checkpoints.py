@@ -131,6 +131,7 @@ def run_training(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_runs_end_to_end(family: str, tmp_path: Path) -> None:
     done = run_training("--family", family, "--steps", "2", "--out", str(tmp_path / "model"))

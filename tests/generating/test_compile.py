@@ -15,6 +15,7 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 import qwen_fastdecode as qf
 
 NEW = 64
+QUICK = (TRAINED[-1], "aot_eager")  # of the ways to compile a whole checkpoint, the one that make test runs
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +71,14 @@ def small(seed: int = 0) -> PreTrainedModel:
     return build(seed=seed, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize(
+    ("checkpoint", "backend"),
+    [
+        pytest.param(checkpoint, backend, marks=[] if (checkpoint, backend) == QUICK else [pytest.mark.slow])
+        for checkpoint in TRAINED
+        for backend in ("eager", "aot_eager")
+    ],
+)
 def test_a_decode_step_is_one_graph_for_all_steps(checkpoint: str, backend: str) -> None:
     model, tokens = load(checkpoint), prompt(checkpoint)
     expected = decode(model, model.forward, tokens=tokens)
@@ -84,6 +91,7 @@ def test_a_decode_step_is_one_graph_for_all_steps(checkpoint: str, backend: str)
     assert "inside torch.compile" in str(qf.status(model))
 
 
+@pytest.mark.slow
 def test_unpatch_gives_a_compiled_model_back_to_upstream() -> None:
     model, recorder = small(), Recorder()
     step, expected = recorder.compile(model), decode(model, model.forward, 8)
@@ -94,7 +102,7 @@ def test_unpatch_gives_a_compiled_model_back_to_upstream() -> None:
     assert recorder.operators == [1, 0]
 
 
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_patching_after_compiling_takes_effect(everything: bool) -> None:
     model, recorder = small(), Recorder()
     step = recorder.compile(model)
@@ -105,6 +113,7 @@ def test_patching_after_compiling_takes_effect(everything: bool) -> None:
     assert recorder.operators == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_another_model_compiled_beside_a_patched_one_stays_upstreams() -> None:
     other, recorder = small(seed=1), Recorder()
     qf.patch(small())
@@ -124,6 +133,7 @@ def test_a_compiled_graph_obeys_the_kill_switch(monkeypatch: pytest.MonkeyPatch)
     assert recorder.operators == [1, 0]  # then the first graph serves again
 
 
+@pytest.mark.slow
 def test_patch_of_everything_covers_a_layer_whose_first_use_is_compiled() -> None:
     expected = decode(small(), small().forward, 1)
     qf.patch()

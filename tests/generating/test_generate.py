@@ -49,7 +49,9 @@ def said(model: PreTrainedModel, tokens: torch.Tensor, mode: str) -> list[list[i
         return repr(error)
 
 
-@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize(
+    "checkpoint", [pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[:-1]] + [TRAINED[-1]]
+)
 def test_512_free_running_tokens_are_identical(checkpoint: str) -> None:
     model, tokens = load(checkpoint), prompt(checkpoint)[:1]
     expected = generate(model, 512, tokens)

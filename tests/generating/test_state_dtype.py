@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache
 import qwen_fastdecode as qf
 from qwen_fastdecode.layer.plan import plan_of
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.upstream.caches import DecodeStates, read_states
+from qwen_fastdecode.ops.step import States, Step
+from qwen_fastdecode.upstream.caches import read_states
 
 BF16, F32 = torch.bfloat16, torch.float32
 TOKENS = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -28,7 +29,7 @@ TOKENS = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(0
 def dtypes(model: PreTrainedModel, cache: Cache) -> list[torch.dtype]:
     """Of the recurrent states, layer by layer."""
     states = [read_states(cache, layer.layer_idx) for layer in linear_layers(model)]
-    assert all(isinstance(state, DecodeStates) for state in states)
+    assert all(isinstance(state, States) for state in states)
     return [state.recurrent.dtype for state in states]
 
 
@@ -120,6 +121,20 @@ def test_generate(options: dict[str, Any]) -> None:
     assert qf.status(model).fallbacks == {"more than one token": LINEAR}
 
 
+def test_a_padded_prompt_leaves_the_rounded_state_of_upstream() -> None:
+    """Left padding puts a mask on the prompt's pass, and none on the steps that decode from it."""
+    model, mask = build(), torch.ones_like(PROMPT)
+    mask[0, :2] = 0
+    _, upstream = forward(model, PROMPT, attention_mask=mask)
+    assert not torch.equal(read_states(upstream, 0).recurrent, read_states(forward(model, PROMPT)[1], 0).recurrent)
+    qf.patch(model, state_dtype=BF16)
+    _, cache = forward(model, PROMPT, attention_mask=mask)
+    assert dtypes(model, cache) == [BF16] * LINEAR
+    for layer in linear_layers(model):
+        narrow, wide = (read_states(each, layer.layer_idx).recurrent for each in (cache, upstream))
+        assert torch.equal(narrow, wide.to(BF16))
+
+
 @torch.no_grad()
 def test_a_step_rounds_the_state_once() -> None:
     """Against the reference, from the rounded state of the prompt's end."""
@@ -129,8 +144,9 @@ def test_a_step_rounds_the_state_once() -> None:
     layer = linear_layers(model)[0]
     conv, recurrent = (state.double() for state in read_states(cache, layer.layer_idx))
     plan, hidden_states = plan_of(layer), torch.randn(2, 1, 32)
-    views, weights = plan.family.project(layer, hidden_states, plan.sizes), plan.family.weights(layer)
-    out = decode_reference(*views, conv, recurrent, *weights, **plan.options)
+    sources, weights = plan.family.project(layer, hidden_states), plan.family.weights(layer)
+    step = Step(sources, plan.strategy.read, States(conv, recurrent), weights)
+    out = decode_reference(step, plan.strategy.recipe)
     y = layer(hidden_states, cache_params=cache, attention_mask=None)
     torch.testing.assert_close(y, plan.family.project_out(layer, out.float()))
     torch.testing.assert_close(read_states(cache, 0).recurrent, recurrent.to(BF16), rtol=2**-7, atol=1e-6)
@@ -219,6 +235,7 @@ def test_a_compiled_step_is_one_graph_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 def test_generate_compiles_one_step_on_narrow_states() -> None:
     torch._dynamo.reset()
     model, recorder = small(), Recorder()
@@ -230,6 +247,7 @@ def test_generate_compiles_one_step_on_narrow_states() -> None:
     assert recorder.operators == [1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_prompt_leaves_the_state_as_it_is() -> None:
     torch._dynamo.reset()

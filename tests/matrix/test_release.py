@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, PROMPT, build, forward, generate, linear_layers
+from models import FAMILIES, LINEAR, PROMPT, USUAL, build, forward, generate, linear_layers
 from tolerances import FLOAT32, relative_rms
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
@@ -129,8 +129,14 @@ def words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "feature"),
+    [
+        pytest.param(family, feature, marks=[pytest.mark.slow] if "compile" in feature and family != USUAL else [])
+        for family in FAMILIES
+        for feature in FEATURES
+    ],
+)
 def test_feature(family: str, feature: str, record_property: Callable[[str, Any], None]) -> None:
     expected = outcome(FEATURES[feature], build(family))
     model = build(family)

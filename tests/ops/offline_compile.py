@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from qwen_fastdecode.ops.step import Recipe, Step
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.tiles import Tile
@@ -53,8 +54,8 @@ def compile_for(arch: str, tile: Tile, T: int) -> Any:
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
     torch.version.hip = arch if hip else None
     tensors = arguments(T)
-    heads, programs = (0, HK * R), 10**6
-    kernel, numbers, layout, options, _ = triton_backend.describe(tensors, 1e-6, "silu", None, heads, tile, programs)
+    step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
+    kernel, numbers, layout, options, _ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
     kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)

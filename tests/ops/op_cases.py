@@ -10,6 +10,7 @@ import torch
 from tolerances import FLOAT32, relative_rms
 from torch import Tensor
 
+from qwen_fastdecode.ops import step as op
 from qwen_fastdecode.ops.reference import decode_reference
 
 NAMES = (
@@ -30,7 +31,7 @@ NAMES = (
 
 @dataclass
 class Case:
-    """A random decode step; sizes are named as in `ops.spec`.
+    """A random decode step; sizes are named as in `ops.step`.
 
     family: "qwen3_next" projects in groups of a key head, "qwen3_5" over all heads. conv: which of the conv state's
     dimensions lies innermost, "taps", "channels", or "crop": taps, cut out of a longer past. guards: the dimensions
@@ -111,6 +112,10 @@ class Case:
         return {**options, "cu_seqlens": self.cu_seqlens, "heads": self.range}
 
     @property
+    def recipe(self) -> op.Recipe:
+        return op.Recipe(self.range, self.eps, self.gate, self.beta_scale)
+
+    @property
     def range(self) -> tuple[int, int]:
         return self.heads or (0, self.HK * self.R)
 
@@ -122,7 +127,7 @@ class Case:
         """The reference's output, conv state and recurrent state, the last in float64. The step stays as it is."""
         copies = self.tensors | {"conv_state": self["conv_state"].clone()}
         copies["recurrent_state"] = self["recurrent_state"].to(torch.float64, copy=True)
-        out = decode_reference(*copies.values(), **self.options())
+        out = decode_reference(op.Step.from_tensors([*copies.values()], self.cu_seqlens), self.recipe)
         return out, copies["conv_state"], copies["recurrent_state"]
 
     def check(self, decode: Callable[..., Tensor], tolerance: float = FLOAT32) -> None:

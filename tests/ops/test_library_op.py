@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_step import Step
+from triton_step import Step, as_op
 
 from qwen_fastdecode.ops.library import decode_registered
 from qwen_fastdecode.ops.torch_cpu import decode_torch
@@ -18,16 +18,22 @@ def arguments(step: Step, backend: str) -> tuple:
     return *step.tensors, *scalars, backend, options["cu_seqlens"], *options["heads"]
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+STEPS: list[dict] = [
+    {},
+    {"T": 2},
+    {"lengths": [1, 2]},
+    {"heads": (2, 2)},
+    {"dtype": torch.float32, "gate": "sigmoid"},
+    {"beta_scale": 2.0},
+]
+
+
 @pytest.mark.parametrize(
-    "step",
+    ("step", "backend"),
     [
-        {},
-        {"T": 2},
-        {"lengths": [1, 2]},
-        {"heads": (1, 2)},
-        {"dtype": torch.float32, "gate": "sigmoid"},
-        {"beta_scale": 2.0},
+        pytest.param(step, backend, marks=[pytest.mark.slow] if step and backend == "triton" else [])
+        for step in STEPS
+        for backend in ("auto", "torch", "triton")
     ],
     ids=str,
 )
@@ -38,9 +44,9 @@ def test_opcheck(step: dict, backend: str) -> None:
 
 
 def test_is_the_backend() -> None:
-    direct, registered = Step(heads=(1, 2), beta_scale=2.0), Step(heads=(1, 2), beta_scale=2.0)
-    expected = decode_torch(*direct.tensors, **direct.options)
-    assert torch.equal(decode_registered(*registered.tensors, **registered.options, backend="torch"), expected)
+    direct, registered = Step(heads=(2, 2), beta_scale=2.0), Step(heads=(2, 2), beta_scale=2.0)
+    expected = decode_torch(*as_op(direct.tensors, direct.options))
+    assert torch.equal(decode_registered(*as_op(registered.tensors, registered.options), "torch"), expected)
     assert torch.equal(registered.conv_state, direct.conv_state)
     assert torch.equal(registered.recurrent_state, direct.recurrent_state)
 
@@ -56,7 +62,7 @@ def test_compiled_steps_are_one_graph_without_recompiling(compiler: str) -> None
     def decode(x: torch.Tensor, s: Step) -> torch.Tensor:
         q, k, v, z = torch.nn.functional.linear(x, weight).unflatten(1, (2, -1)).split([16, 16, 32, 32], dim=2)
         tensors = (q, k, v.unflatten(2, (2, 16)), z.unflatten(2, (2, 16)), *s.tensors[4:])
-        return decode_registered(*tensors, **s.options, backend="torch")
+        return decode_registered(*as_op(tensors, s.options), "torch")
 
     compiled = torch.compile(decode, backend=compiler, fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):

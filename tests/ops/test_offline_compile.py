@@ -14,7 +14,10 @@ SCRIPT = Path(__file__).with_name("offline_compile.py")
 LARGE_BATCH = 256 * 16  # sequences x key heads
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize(
+    "arch",
+    ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100", "sm_120", "gfx942"))],
+)
 def test_machine_code(arch: str, tmp_path: Path) -> None:
     rows = compile_shipped_tiles(arch, tmp_path)
     for row in rows:

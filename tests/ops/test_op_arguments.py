@@ -25,7 +25,7 @@ WRONG_SHAPES = {
     "a": ((4, 2, 2), "a: got shape (4, 2, 2), expected (3, 2, 2)"),
     "conv_state": ((3, 512), "conv_state: got shape (3, 512), expected [B, C, W]"),
     "recurrent_state": ((3, 4, 16, 8), "recurrent_state: got shape (3, 4, 16, 8), expected (3, 4, 16, 16)"),
-    "conv_weight": ((128, 1, 4), "conv_weight: got shape (128, 1, 4), expected (128, 4)"),
+    "conv_weight": ((128, 2, 4), "conv_weight: got shape (128, 2, 4), expected (128, 1, 4)"),
     "A_log": ((2,), "A_log: got shape (2,), expected (4,)"),
     "dt_bias": ((4, 1), "dt_bias: got shape (4, 1), expected (4,)"),
     "norm_weight": ((64,), "norm_weight: got shape (64,), expected (16,)"),
@@ -51,9 +51,7 @@ def test_shape(name: str) -> None:
 
 def test_channels_of_conv_state_follow_from_the_heads() -> None:
     """Such a message says what the expected shape was derived from."""
-    message = (
-        "conv_state: got shape (3, 127, 4), expected (3, 128, 4) (from q, v and conv_state: DecodeShapes(N=3, B=3,"
-    )
+    message = "conv_state: got shape (3, 127, 4), expected (3, 128, 4) (from q, v and conv_state: StepShapes(N=3, B=3,"
     refuse(message, change={"conv_state": torch.zeros(3, 127, 4)})
 
 

@@ -10,8 +10,9 @@ from tolerances import FLOAT32, relative_rms
 from transformers import DynamicCache
 
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.upstream.caches import DecodeStates, read_states
-from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, read_norm
+from qwen_fastdecode.ops.step import Recipe, States, Step
+from qwen_fastdecode.upstream.caches import read_states
+from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, read_norm, reader
 
 TEXT = [family for family in INSTALLED if "vision" not in family]
 
@@ -31,19 +32,10 @@ def test_reference_is_upstreams_law(family: str) -> None:
         x = hidden_states[:, t : t + 1]
         conv, recurrent = (state.clone() for state in read_states(cache, layer.layer_idx))
         expected = layer(x, cache_params=cache, attention_mask=None)
-        out = decode_reference(
-            *known.project(layer, x, sizes),
-            conv,
-            recurrent,
-            *known.weights(layer),
-            eps=norm.eps,
-            gate=norm.gate,
-            beta_scale=known.beta_scale(layer),
-            cu_seqlens=None,
-            heads=(0, sizes.num_v_heads),
-        )
+        step = Step(known.project(layer, x), reader(known, sizes), States(conv, recurrent), known.weights(layer))
+        out = decode_reference(step, Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, known.beta_scale(layer)))
         states = read_states(cache, layer.layer_idx)
-        assert isinstance(states, DecodeStates)
+        assert isinstance(states, States)
         assert relative_rms(known.project_out(layer, out), expected) <= FLOAT32
         assert torch.equal(conv, states.conv)
         assert relative_rms(recurrent, states.recurrent) <= FLOAT32

@@ -75,13 +75,13 @@ def test_tiles(tile: Tile, DV: int) -> None:
     Step(B=1, DV=DV, dtype=F32).check(tile)
 
 
-@pytest.mark.parametrize("heads", [(0, 1), (5, 1), (1, 3), (2, 4), (1, 4), (3, 3)], ids=str)
+@pytest.mark.parametrize("heads", [(0, 3), (6, 3), (3, 6), (0, 6), (3, 3)], ids=str)
 @pytest.mark.parametrize("T", [1, 2])
 def test_head_range(heads: tuple[int, int], T: int) -> None:
-    Step(R=3, heads=heads, T=T, dtype=F32).check()
+    Step(HK=3, R=3, heads=heads, T=T, dtype=F32).check()
 
 
-@pytest.mark.parametrize("heads", [(3, 3), (0, 1), (5, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("heads", [(3, 3), (0, 3), (6, 3), (3, 6)], ids=str)
 @pytest.mark.parametrize("T", [1, 2])
 def test_views_of_the_range_alone(heads: tuple[int, int], T: int) -> None:
     """A rank's own projections: the key heads that its value heads read, and no others."""

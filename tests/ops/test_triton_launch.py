@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_step import Step
+from triton_step import Step, as_op
 
+from qwen_fastdecode.ops import prepared
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton.launch import unavailable_reason
 from qwen_fastdecode.ops.triton.tiles import Tile
@@ -25,10 +26,10 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_a_program_takes_several_items(step: dict, programs: pytest.MonkeyPatch) -> None:
     """More work than programs: the result is the same, bit for bit, however the work is dealt out."""
     results = []
-    for bound in (1, 4, 100):  # of 10 items
+    for bound in (1, 2, 100):  # of 5 items
         programs.setattr(triton_backend, "INTERPRETED_PROGRAMS", bound)
         triton_backend._prepared.clear()
-        s = Step(B=5, **step)
+        s = Step(B=5, HK=1, **step)
         results.append([s.run(), *s.bits()])
     for result in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
@@ -46,8 +47,8 @@ def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
     programs.setattr(triton_backend, "decode_token", Kernel())
     for B in (1, 5000):
         step = Step(B=1)
-        step.conv_state = step.conv_state.expand(B, -1, -1)
-        step.recurrent_state = step.recurrent_state.expand(B, -1, -1, -1)
+        step.conv_state = step.conv_state.repeat(B, 1, 1)
+        step.recurrent_state = step.recurrent_state.repeat(B, 1, 1, 1)
         for name in "qkvzba":
             setattr(step, name, getattr(step, name).expand(B, *[-1] * (getattr(step, name).dim() - 1)))
         step.run()
@@ -55,7 +56,7 @@ def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
 
 
 def layout_of(step: Step) -> triton_backend.Layout:
-    return triton_backend.describe(step.tensors, 1e-6, "silu", None, step.heads, Tile(16, 4), 100).layout
+    return triton_backend.describe(*as_op(step.tensors, step.options), Tile(16, 4), 100).layout
 
 
 def test_taps_move_as_words_only_where_they_are_aligned_words() -> None:
@@ -71,7 +72,8 @@ def test_taps_move_as_words_only_where_they_are_aligned_words() -> None:
     assert not layout_of(step).packed_taps
     step.conv_state = torch.zeros(2, aligned[0].numel() + 2, dtype=step.dtype)[:, :-2].unflatten(1, aligned[0].shape)
     assert not layout_of(step).packed_taps  # the second sequence off by 4 bytes
-    step.conv_state = aligned[..., :3]  # three taps, four apart
+    step = Step(margin=4, W=3)
+    step.conv_state = torch.zeros(*step.conv_state.shape[:2], 4, dtype=step.dtype)[..., :3]  # three taps, four apart
     assert not layout_of(step).packed_taps
 
 
@@ -136,8 +138,8 @@ def test_availability_outside_the_interpreter(
 
 
 def test_launches_kept_are_bounded(programs: pytest.MonkeyPatch) -> None:
-    programs.setattr(triton_backend, "MAX_PREPARED", 2)
+    programs.setattr(prepared, "MAX_KINDS", 2)
     for eps in (1e-6, 2e-6, 3e-6):
         step = Step(B=1, HK=1)
-        triton_backend.decode_triton(*step.tensors, **{**step.options, "eps": eps})
-    assert 1 <= len(triton_backend._prepared) <= 2
+        triton_backend.decode_triton(*as_op(step.tensors, {**step.options, "eps": eps}))
+    assert 1 <= len(triton_backend._prepared._kinds) <= 2

@@ -87,7 +87,7 @@ def one_item_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     triton_backend._prepared.clear()
 
 
-STEPS = [{}, {"R": 3, "heads": (1, 4)}, {"channel_last": True}, {"T": 2}, {"lengths": [2, 0, 1], "B": 3}]
+STEPS = [{}, {"R": 3, "HK": 3, "heads": (3, 6)}, {"channel_last": True}, {"T": 2}, {"lengths": [2, 0, 1], "B": 3}]
 
 
 @pytest.mark.usefixtures("one_item_a_program")
@@ -99,16 +99,15 @@ def test_programs_share_nothing_that_is_written(trace: Trace, step: dict) -> Non
 
 
 @pytest.mark.usefixtures("one_item_a_program")
-def test_a_program_per_value_head_would_race(trace: Trace) -> None:
-    """The control: one launch for each value head, as if each were a program. The trace and the result both show it."""
+def test_two_launches_on_one_key_head_would_race(trace: Trace) -> None:
+    """The control: the same key head twice, as if each were a program of its own. The trace and the result show it."""
     step = Step(B=1, HK=1, R=2)
     _, conv_state, _ = step.expect()
-    for hv in range(2):
-        trace.launch = hv
-        step.heads = (hv, 1)
+    for launch in range(2):
+        trace.launch = launch
         step.run()
     taps = range(step.conv_state.data_ptr(), step.conv_state.data_ptr() + 2 * 2 * step.DK * step.W)  # of q and k
-    assert trace.shared() == set(taps[::2])
+    assert trace.shared() >= set(taps[::2])
     assert not torch.equal(step.conv_state, conv_state)
 
 
@@ -125,7 +124,7 @@ def test_a_barrier_stands_between_reading_and_shifting_taps(trace: Trace, step: 
 
 
 @pytest.mark.parametrize("tile", [Tile(16, 4), Tile(32, 4), Tile(16, 4, 2), Tile(32, 4, 2)], ids=str)
-@pytest.mark.parametrize("step", [{"DV": 32}, {"DV": 32, "R": 3}, {"DV": 24, "R": 3, "heads": (2, 3)}], ids=str)
+@pytest.mark.parametrize("step", [{"DV": 32}, {"DV": 32, "R": 3}, {"DV": 24, "R": 3, "heads": (3, 3)}], ids=str)
 def test_state_is_read_once_and_written_once(trace: Trace, step: dict, tile: Tile) -> None:
     """The traffic floor, in bytes."""
     s = Step(**step)

@@ -68,7 +68,7 @@ def test_kept_tiles_serve_the_works_around_their_batch(cache: Path) -> None:
 
 
 def test_a_wrong_tile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "decode_triton", lambda q, *_, **__: torch.zeros(q.shape[0], 32))
+    monkeypatch.setattr(triton_backend, "decode_triton", lambda step, *_: torch.zeros(step.sources[0].shape[0], 32))
     with pytest.raises(RuntimeError, match="computes something else than the PyTorch backend on cpu"):
         tune.tune(CPU, SMALL, (1,))
 

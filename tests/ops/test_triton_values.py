@@ -79,7 +79,7 @@ def test_tiny_vectors(scale: float) -> None:
 @pytest.mark.parametrize("name", ["q", "k", "v", "z", "b", "a", "conv_state", "recurrent_state"])
 @pytest.mark.parametrize("T", [1, 2])
 def test_nan_stays_in_its_sequence(name: str, T: int) -> None:
-    clean, dirty = Step(B=3, T=T), Step(B=3, T=T)
+    clean, dirty = Step(B=3, HK=1, T=T), Step(B=3, HK=1, T=T)
     tensor = getattr(dirty, name)
     middle = slice(1, 2) if name.endswith("state") else slice(T, 2 * T)
     tensor[middle] = torch.nan

@@ -5,12 +5,14 @@ The interpreter must be chosen before Triton is first imported: `conftest` sets 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from tolerances import FLOAT32, relative_rms, rounding
 from torch import Tensor
 
+from qwen_fastdecode.ops import step as op
 from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
@@ -101,12 +103,12 @@ class Step:
 
     def run(self, tile: Tile | None = None) -> Tensor:
         """The kernel on this step; updates its states."""
-        return decode_triton(*self.tensors, **self.options, tile=tile)
+        return decode_triton(*as_op(self.tensors, self.options), tile)
 
     def expect(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the reference makes of this step: output, conv state, recurrent state. The step stays as it is."""
         tensors = [*self.tensors[:6], self.conv_state.clone(), self.recurrent_state.clone(), *self.tensors[8:]]
-        out = decode_reference(*tensors, **self.options)
+        out = decode_reference(*as_op(tensors, self.options))
         return out, tensors[6], tensors[7]
 
     def bits(self) -> list[Tensor]:
@@ -131,6 +133,12 @@ class Step:
                 assert torch.equal(_bits(buffer), old)
             else:  # all but the margins may change
                 assert buffer.isnan().sum() == buffer.numel() - used.numel()
+
+
+def as_op(tensors: Sequence[Tensor], options: dict) -> tuple[op.Step, op.Recipe]:
+    """The arguments of a backend: `tensors` in the op's order, `options` by the op's names."""
+    recipe = {name: value for name, value in options.items() if name != "cu_seqlens"}
+    return op.Step.from_tensors(tensors, options["cu_seqlens"]), op.Recipe(**recipe)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ cache bit for bit, or the error where upstream itself refuses.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import pytest
 import torch
 from models import LINEAR, PROMPT, build, cache_tensors, forward, generate, linear_layers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 import qwen_fastdecode as qf
 from qwen_fastdecode.reasons import Reason
@@ -138,10 +139,146 @@ def longer_window(model: PreTrainedModel) -> list[Tensor]:
     return step(model, cache)
 
 
-def transposed_state(model: PreTrainedModel) -> list[Tensor]:
+def shared_state(model: PreTrainedModel) -> list[Tensor]:
+    """Two sequences in one place: upstream cannot copy into that, a kernel would write it twice."""
     cache = prefilled(model)
-    change_states(cache, "recurrent_states", lambda S: S.transpose(2, 3).contiguous().transpose(2, 3))
+    change_states(cache, "recurrent_states", lambda S: S[:1].expand(len(S), -1, -1, -1))
     return step(model, cache)
+
+
+def overlapping_window(model: PreTrainedModel) -> list[Tensor]:
+    cache = prefilled(model)
+    change_states(cache, "conv_states", lambda conv: conv[:1].expand(len(conv), -1, -1))
+    return step(model, cache)
+
+
+class ReadDoubledCache(DynamicCache):
+    """Overrides a method that reads, none that writes."""
+
+    def get_recurrent_state(self, *args: Any, **options: Any) -> Any:
+        state = super().get_recurrent_state(*args, **options)
+        return None if state is None else 2 * state
+
+
+def cache_that_reads_otherwise(model: PreTrainedModel) -> list[Tensor]:
+    cache = ReadDoubledCache(config=model.config)
+    forward(model, PROMPT, cache)
+    return step(model, cache)
+
+
+def method_set_on_a_cache(model: PreTrainedModel) -> list[Tensor]:
+    cache = prefilled(model)
+    update = cache.update_recurrent_state
+    cache.update_recurrent_state = lambda states, *args, **options: update(2 * states, *args, **options)
+    return step(model, cache)
+
+
+def method_set_on_a_cache_layer(name: str) -> Act:
+    def act(model: PreTrainedModel) -> list[Tensor]:
+        cache = prefilled(model)
+        for layer in cache.layers[:LINEAR]:
+            method = getattr(layer, name)
+            setattr(layer, name, lambda states, *args, method=method, **options: method(2 * states, *args, **options))
+        return step(model, cache)
+
+    act.__name__ = f"{name}_set_on_a_cache_layer"
+    return act
+
+
+def replaced_cache_method(model: PreTrainedModel) -> list[Tensor]:
+    cache, own = prefilled(model), Cache.update_recurrent_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cache, "update_recurrent_state", lambda self, states, *a, **k: own(self, 2 * states, *a, **k))
+        return step(model, cache)
+
+
+def subclassed_inputs(model: PreTrainedModel) -> list[Tensor]:
+    cache = prefilled(model)
+    with torch.no_grad():
+        inputs = model.get_input_embeddings()(TOKEN).as_subclass(Marked)
+        output = model(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
+    return [output.logits, *cache_tensors(output.past_key_values)]
+
+
+class Marked(Tensor):
+    """A tensor subclass that says nothing of itself."""
+
+
+@contextmanager
+def hook_on_every_module(model: PreTrainedModel) -> Iterator[None]:
+    norms = {id(layer.norm) for layer in linear_layers(model)}
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 3 * output if id(module) in norms else None
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def setting(name: str, change: Callable[[Any], Any]) -> Callable[[PreTrainedModel], Any]:
+    """Something of a layer that a plan was made from has another value afterwards."""
+
+    @contextmanager
+    def changed(model: PreTrainedModel) -> Iterator[None]:
+        for layer in linear_layers(model):
+            change(layer)
+        yield
+
+    changed.__name__ = name
+    return changed
+
+
+def larger_epsilon(layer: Any) -> None:
+    layer.norm.variance_epsilon = 0.5
+
+
+def epsilon_in_a_tensor(layer: Any) -> None:
+    layer.norm.variance_epsilon = torch.tensor(0.5)
+
+
+def other_gate(layer: Any) -> None:
+    layer.norm.activation = "sigmoid"
+
+
+def other_activation(layer: Any) -> None:
+    layer.activation = "gelu"
+
+
+def other_reordering(layer: Any) -> None:
+    if hasattr(layer, "fix_query_key_value_ordering"):
+        order = layer.fix_query_key_value_ordering
+        layer.fix_query_key_value_ordering = lambda *args: [x.flip(-1) for x in order(*args)]
+    else:
+        layer.norm.variance_epsilon = 0.25
+
+
+def doubled(owner: Callable[[Any], Any], name: str) -> Callable[[PreTrainedModel], Any]:
+    """A function of Transformers' own that gives twice as much afterwards, the first of its results if it has more."""
+
+    @contextmanager
+    def replaced(model: PreTrainedModel) -> Iterator[None]:
+        place = owner(linear_layers(model)[0])
+        own = getattr(place, name)
+
+        def twice(*args: Any, **options: Any) -> Any:
+            result = own(*args, **options)
+            return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, twice)
+            yield
+
+    replaced.__name__ = f"replaced_{name}"
+    return replaced
+
+
+def module_of(layer: Any) -> Any:
+    return sys.modules[type(layer).__module__]
+
+
+def norm_class_of(layer: Any) -> Any:
+    return type(layer.norm)
 
 
 def meta_rates(model: PreTrainedModel) -> list[Tensor]:
@@ -237,17 +374,33 @@ CASES = [
     Case(Reason.UNKNOWN_CACHE, cache_of_another_class),
     Case(Reason.UNKNOWN_CACHE, cache_layer_of_another_class),
     Case(Reason.UNEXPECTED_STATE, longer_window),
-    Case(Reason.UNEXPECTED_STATE, transposed_state),
+    Case(Reason.UNKNOWN_CACHE, cache_that_reads_otherwise),
+    Case(Reason.UNKNOWN_CACHE, method_set_on_a_cache),
+    Case(Reason.UNKNOWN_CACHE, method_set_on_a_cache_layer("update_recurrent_state")),
+    Case(Reason.UNKNOWN_CACHE, replaced_cache_method),
+    Case(Reason.UNSUPPORTED_STEP, shared_state),
+    Case(Reason.UNSUPPORTED_STEP, overlapping_window),
+    Case(Reason.TENSOR_TYPE, subclassed_inputs),
     Case(Reason.WEIGHTS_ELSEWHERE, meta_rates),
     Case(Reason.WEIGHT_TYPE, change=subclassed_rates),
     Case(Reason.HOOKED_SUBMODULE, change=doubling_hook),
     Case(Reason.HOOKED_SUBMODULE, change=replaced_forward),
     Case(Reason.CHANGED_LAYER, change=added_bias),
     Case(Reason.CHANGED_LAYER, change=replaced_norm),
+    Case(Reason.CHANGED_LAYER, change=setting("larger_epsilon", larger_epsilon)),
+    Case(Reason.CHANGED_LAYER, change=setting("epsilon_in_a_tensor", epsilon_in_a_tensor)),
+    Case(Reason.CHANGED_LAYER, change=setting("other_gate", other_gate)),
+    Case(Reason.CHANGED_LAYER, change=setting("other_activation", other_activation)),
+    Case(Reason.CHANGED_LAYER, change=setting("other_reordering", other_reordering)),
+    Case(Reason.GLOBAL_HOOKS, change=hook_on_every_module),
+    Case(Reason.CHANGED_UPSTREAM, change=doubled(norm_class_of, "forward")),
+    Case(Reason.CHANGED_UPSTREAM, change=doubled(module_of, "causal_conv1d_update")),
+    Case(Reason.CHANGED_UPSTREAM, change=doubled(module_of, "torch_recurrent_gated_delta_rule")),
 ]
 
 
-REFUSED_UPSTREAM = (Reason.PACKED_SEQUENCES, Reason.WEIGHTS_ELSEWHERE)  # by some or all releases
+# By some or all releases.
+REFUSED_UPSTREAM = (Reason.PACKED_SEQUENCES, Reason.WEIGHTS_ELSEWHERE, Reason.UNSUPPORTED_STEP)
 
 
 def outcome(case: Case, model: PreTrainedModel) -> Any:
@@ -269,8 +422,19 @@ def same(actual: Any, expected: Any) -> bool:
     return repr(actual) == repr(expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(
+            family,
+            case,
+            id=f"{family}-{case.name}",
+            marks=[pytest.mark.slow] if (family, case.act) == ("qwen3_next", exporting) else [],
+        )
+        for family in ("qwen3_next", "qwen3_5")
+        for case in CASES
+    ],
+)
 def test_a_fallback_is_counted_and_upstreams_to_the_bit(case: Case, family: str) -> None:
     expected = outcome(case, build(family))
     model = build(family)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import qwen_fastdecode as qf
 from qwen_fastdecode.layer.plan import plan_of
 from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.step import States, Step
 from qwen_fastdecode.upstream.caches import read_states
 from qwen_fastdecode.upstream.calls import cache_name
 
@@ -71,10 +72,10 @@ def reference(call: Call) -> Result:
     layer, plan = call.layer, plan_of(call.layer)
     states = read_states(call.cache, layer.layer_idx)
     conv, recurrent = states.conv.double(), states.recurrent.double()
-    views = plan.family.project(layer, call.hidden_states, plan.sizes)
-    return Result(
-        decode_reference(*views, conv, recurrent, *plan.family.weights(layer), **plan.options), conv, recurrent
-    )
+    full = plan.strategy
+    sources, weights = plan.family.project(layer, call.hidden_states), plan.family.weights(layer)
+    step = Step(sources, full.read, States(conv, recurrent), weights)
+    return Result(decode_reference(step, full.recipe), conv, recurrent)
 
 
 def compare(checkpoint: str, dtype: torch.dtype) -> tuple[Result, Result, Result]:

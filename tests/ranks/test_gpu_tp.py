@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "ranks" / "gpu_tp.sh"
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     command = ["bash", str(SCRIPT), "--dry-run", "--out", str(tmp_path), "--limit", "400"]
     environment = os.environ | {"PYTHON": sys.executable}

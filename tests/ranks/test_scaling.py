@@ -48,7 +48,7 @@ def _measure(rank: int, folders: dict[str, Path]) -> dict[tuple[str, str], tuple
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_counts(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = importlib.import_module("benchmarks.ranks.scaling")
     folders = {family: save(tmp_path / family, family, **FOUR)[0] for family in FAMILY_NAMES}

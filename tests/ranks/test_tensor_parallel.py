@@ -53,6 +53,7 @@ def test_tokens_on_two_ranks() -> None:
     compare(2, {CHECKPOINTS / name: (load(name), tuple(tp_scenarios.SCENARIOS)) for name in TRAINED})
 
 
+@pytest.mark.slow
 def test_tokens_on_four_ranks(tmp_path: Path) -> None:
     names = ("chat", "unpatched_in_between", "reorder")
     models = [save(tmp_path / family, family, **FOUR) for family in ("qwen3_next", "qwen3_5_moe")]

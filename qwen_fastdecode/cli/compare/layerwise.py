@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from qwen_fastdecode.layer.eligibility import KILL_SWITCH
-from qwen_fastdecode.upstream.caches import DecodeStates, read_states, with_own_layer
+from qwen_fastdecode.ops.step import States
+from qwen_fastdecode.switch import KILL_SWITCH
+from qwen_fastdecode.upstream.caches import read_states, with_own_layer
 from qwen_fastdecode.upstream.calls import cache_name
 
 
@@ -71,7 +72,7 @@ class LayerwiseCheck:
             self._steps += 1
             self._add(f"{name} output", out, expected)
             ours, upstream = (read_states(c, layer.layer_idx) for c in (kwargs[cache_argument], cache))
-            if isinstance(ours, DecodeStates) and isinstance(upstream, DecodeStates):  # else it was no fast step
+            if isinstance(ours, States) and isinstance(upstream, States):  # else it was no fast step
                 self._add(f"{name} conv state", ours.conv, upstream.conv)
                 self._add(f"{name} recurrent state", ours.recurrent, upstream.recurrent)
 

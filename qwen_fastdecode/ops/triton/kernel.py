@@ -1,4 +1,4 @@
-"""The fused decode step as Triton kernels: JIT code alone. `triton_backend` launches them, `reference` is the law.
+"""The fused decode step as Triton kernels: JIT code alone. `launch` has their launcher, `reference` is the law.
 
 One program owns one key head of one sequence: it alone reads and shifts the convolution taps of that head's q and k,
 and walks over the R value heads that use them. So no tap is shared between programs, and one launch needs neither
@@ -8,7 +8,7 @@ arXiv:2412.06464 with both products taken from the old state):
     p = S^T k,  r = S^T q,  delta = beta * (v - decay * p),  o = decay * r + (q.k) * delta,  S <- decay * S + k delta^T
 
 Sizes: HK key heads, R value heads a key head, DK x DV state a value head, W convolution taps (the oldest first).
-`L` is the `triton_backend.Layout` of a call: all that the kernel is compiled for. Arguments whose names end in _token,
+`L` is the `launch.Layout` of a call: all that the kernel is compiled for. Arguments whose names end in _token,
 _sequence or _channel are strides; `items` is sequences x key heads.
 """
 
@@ -70,11 +70,12 @@ def decode_token(
     The state of a value head is walked in tiles [DK, BLOCK_V]; what will be written waits in registers (y) until the
     norm over the whole head is known.
     """
-    which = tl.arange(0, 2)[:, None]
+    index: tl.constexpr = tl.int64 if L.wide else tl.int32  # what multiplies the strides within a token or a sequence
+    which = tl.arange(0, 2)[:, None].to(index)
     rows = tl.arange(0, L.BLOCK_K)
-    columns = tl.arange(0, L.BLOCK_V)
+    columns = tl.arange(0, L.BLOCK_V).to(index)
     tiles = tl.arange(0, L.TILES)
-    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K])
+    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K]).to(index)
     head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     head_mask = head_column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
@@ -84,13 +85,10 @@ def decode_token(
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
-        hk = L.first_head // L.R + item % L.key_heads
-        # Of this key head's R value heads, those in range; the whole loop is known at compile time where all are.
-        begin = tl.maximum(L.first_head - hk * L.R, 0) if L.first_head % L.R else 0
-        end = tl.minimum(L.first_head + L.head_count - hk * L.R, L.R) if (L.first_head + L.head_count) % L.R else L.R
+        hk = tl.cast(L.first_key_head + item % L.key_heads, index)
         S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
         if L.prefetch:
-            S_next = load_state(S_first + begin * L.state_head, rows, columns, 1, L)
+            S_next = load_state(S_first, rows, columns, 1, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -110,8 +108,8 @@ def decode_token(
 
         y = tl.full([L.TILES, L.BLOCK_V], 0.0, tl.float32)
         square = tl.full([L.BLOCK_V], 0.0, tl.float32)  # of o, summed over the tiles of a value head
-        for step in range(begin * L.TILES, end * L.TILES):
-            r = step // L.TILES
+        for step in range(L.R * L.TILES):
+            r = tl.cast(step // L.TILES, index)
             tile = step % L.TILES
             hv = hk * L.R + r
             column = tile * L.BLOCK_V + columns
@@ -143,10 +141,10 @@ def decode_token(
             S, o = delta_rule(S.to(tl.float32), q_unit, k_unit, v_conv, dot, beta, decay)
             store_state(S_pointer, S, rows, column, L)
             if L.prefetch:
-                r_next = (step + 1) // L.TILES
+                r_next = tl.cast((step + 1) // L.TILES, index)
                 tile_next = (step + 1) % L.TILES * L.BLOCK_V
                 S_pointer = S_first + (r_next * L.state_head + tile_next)
-                left = end * L.TILES - (step + 1)
+                left = L.R * L.TILES - (step + 1)
                 S_next = load_state(S_pointer, rows, tile_next + columns, left, L)
 
             square += o * o
@@ -154,7 +152,7 @@ def decode_token(
             if tile == L.TILES - 1:
                 y_head = y * tl.rsqrt(tl.sum(square, 0) / L.DV + L.eps)
                 square = tl.full([L.BLOCK_V], 0.0, tl.float32)
-                y_pointer = out + i * (L.head_count * L.DV) + (hv - L.first_head) * L.DV + head_column
+                y_pointer = out + i * (L.key_heads * L.R * L.DV) + (hv - L.first_key_head * L.R) * L.DV + head_column
                 tl.store(y_pointer, y_head.to(out.dtype.element_ty), mask=head_mask)
 
 
@@ -195,10 +193,11 @@ def decode_tokens(
     State and taps of a value head stay in registers over its tokens, so a tile is the whole head: the norm of o is
     needed at each token. q and k are convolved again for each value head, which is cheaper than keeping them.
     """
-    which = tl.arange(0, 2)[:, None]
+    index: tl.constexpr = tl.int64 if L.wide else tl.int32  # what multiplies the strides within a token or a sequence
+    which = tl.arange(0, 2)[:, None].to(index)
     rows = tl.arange(0, L.BLOCK_K)
-    columns = tl.arange(0, L.BLOCK_V)
-    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K])
+    columns = tl.arange(0, L.BLOCK_V).to(index)
+    cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K]).to(index)
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     column_mask = columns < L.DV if L.BLOCK_V > L.DV else None
     weight = load(norm_weight + columns, column_mask)
@@ -208,7 +207,7 @@ def decode_tokens(
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)
-        hk = L.first_head // L.R + item % L.key_heads
+        hk = tl.cast(L.first_key_head + item % L.key_heads, index)
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
         if cu_seqlens is None:
@@ -218,11 +217,10 @@ def decode_tokens(
             begin = tl.load(cu_seqlens + i).to(tl.int64)
             end = tl.load(cu_seqlens + i + 1).to(tl.int64)
 
-        first = tl.maximum(hk * L.R, L.first_head)
-        last = tl.minimum(hk * L.R + L.R, L.first_head + L.head_count) - 1
-        last = tl.where(begin < end, last, first - 1)  # no token: nothing is touched
-        for hv in range(first, last + 1):
-            r = hv - hk * L.R
+        values = tl.where(begin < end, L.R, 0)  # no token: nothing is touched
+        for value in range(values):
+            r = tl.cast(value, index)
+            hv = hk * L.R + r
             v_channel = 2 * L.HK * L.DK + hv * L.DV + columns
             S_pointer = state + i * state_sequence + hv * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
             S = load_state(S_pointer, rows, columns, 1, L).to(tl.float32)
@@ -249,7 +247,7 @@ def decode_tokens(
                 v_conv = convolve(v0, v1, v2, v3, vw0, vw1, vw2, vw3, L.W)
                 S, o = delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
                 y = o * tl.rsqrt(tl.sum(o * o, 0) / L.DV + L.eps) * weight * activation(z0, L.silu)
-                y_pointer = out + t * (L.head_count * L.DV) + (hv - L.first_head) * L.DV + columns
+                y_pointer = out + t * (L.key_heads * L.R * L.DV) + (hv - L.first_key_head * L.R) * L.DV + columns
                 tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)
                 qk1, qk2, qk3, qk4 = qk0, qk1, qk2, qk3
                 v1, v2, v3, v4 = v0, v1, v2, v3
@@ -258,5 +256,5 @@ def decode_tokens(
             # A block of taps is held by several threads at once: none may shift them before all have read them.
             tl.debug_barrier()
             store_taps(taps, v_channel, conv_channel, column_mask, v1, v2, v3, v4, L)
-            if hv == last:  # the other value heads have read q's and k's taps
+            if value == L.R - 1:  # the other value heads have read q's and k's taps
                 store_taps(taps, qk_channel, conv_channel, qk_mask, qk1, qk2, qk3, qk4, L)

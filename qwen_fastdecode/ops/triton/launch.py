@@ -1,16 +1,18 @@
-"""Launches the Triton kernels of `triton_kernel`: one launch a decode step, with as little Python as possible."""
+"""Launches the Triton kernels of `kernel`: one launch a decode step, with as little Python as possible."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..step import DecodeShapes
+from ...errors import UnsupportedStep
+from ..prepared import Prepared
+from ..step import Recipe, Sources, Step, StepShapes, Tokens, check_step
 from . import tiles
 from .kernel import decode_token, decode_tokens
 from .tiles import Tile
@@ -19,7 +21,7 @@ INTERPRETED = not isinstance(decode_token, triton.JITFunction)  # TRITON_INTERPR
 PROGRAMS_PER_SM = 32  # a few waves; past them, a program takes several items
 INTERPRETED_PROGRAMS = 8  # few, so that the interpreter takes several items too
 OLDEST = (8, 0)  # compute capability with bfloat16, which Triton supports
-MAX_PREPARED = 4096  # launches kept; a server sees some hundreds (batch sizes x alignments)
+INT32 = 2**31
 
 
 class Layout(NamedTuple):
@@ -30,11 +32,11 @@ class Layout(NamedTuple):
     DK: int
     DV: int
     W: int
-    first_head: int  # value heads [first_head, first_head + head_count)
-    head_count: int
-    key_heads: int  # how many key heads these value heads read
+    first_key_head: int  # key heads [first_key_head, first_key_head + key_heads), and R value heads of each
+    key_heads: int
     skipped: int  # key heads that q, k, v, z, b and a do not hold because they are before the range
     strided: bool  # there are more items (sequences x key heads) than programs: each takes several
+    wide: bool  # offsets within a token or a sequence do not fit 32 bits
     q_head: int  # strides of a key head and of a value head within it
     k_head: int
     v_head: int
@@ -74,75 +76,31 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def decode_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    z: Tensor,
-    b: Tensor,
-    a: Tensor,
-    conv_state: Tensor,
-    recurrent_state: Tensor,
-    conv_weight: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    *,
-    eps: float,
-    gate: str,
-    beta_scale: float = 1.0,
-    cu_seqlens: Tensor | None,
-    heads: tuple[int, int],
-    tile: Tile | None = None,
-) -> Tensor:
-    """Same arguments and result as `gated_delta_decode`; computes in float32. `tile` overrides the tile table.
+def decode_triton(step: Step, recipe: Recipe, tile: Tile | None = None) -> Tensor:
+    """Computes in float32; returns [N, count * DV] in the dtype of v. `tile` overrides the tile table.
 
-    The first call for a kind of arguments compiles, so make it before capturing a CUDA graph. Raises ValueError for
-    float64 arguments, a recurrent state whose heads [DK, DV] are not contiguous, a strided A_log, dt_bias or
-    cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
+    The first step of a kind compiles, so make it before capturing a CUDA graph. Raises UnsupportedStep for what
+    `check_step` refuses, and for float64 arguments, a recurrent state whose heads [DK, DV] are not contiguous, strided
+    A_log, dt_bias or cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
     """
-    tensors = (q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, A_log, dt_bias, norm_weight)
-    pointers = [*map(Tensor.data_ptr, tensors)]
-    at_q, at_k, at_v, at_z, _, _, at_conv, at_state, at_weight, _, _, at_norm = pointers
-    # What the kernel is compiled for. The other four are read a scalar at a time, whatever their alignment.
-    unaligned = (at_q | at_k | at_v | at_z | at_conv | at_state | at_weight | at_norm) & 15
-    key = (
-        v.get_device(),
-        heads,
-        eps,
-        gate,
-        beta_scale,
-        tile,
-        v.shape,
-        q.shape[2],
-        conv_state.shape,
-        *map(Tensor.stride, tensors),
-        *map(_dtype, tensors),
-        tuple(p & 15 for p in pointers) if unaligned else None,
-        None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.stride()),
-    )
-    prepared = _prepared.get(key)
-    if prepared is None:
-        prepared = _remember(key, _prepare(tensors, eps, gate, beta_scale, cu_seqlens, heads, tile))
-    out = v.new_empty(v.shape[0], heads[1] * v.shape[3])
-    prepared(tensors, pointers, cu_seqlens, out)
-    return out
+    sources, states, weights = step.sources, step.states, step.weights
+    from_sources = [*map(Tensor.data_ptr, sources)]
+    state_pointers = [*map(Tensor.data_ptr, states), *map(Tensor.data_ptr, weights)]
+    at_conv, at_state, at_weight, _, _, at_norm = state_pointers
+    # What the kernel is compiled for. A_log and dt_bias are read a scalar at a time, whatever their alignment.
+    unaligned = at_conv | at_state | at_weight | at_norm
+    for pointer in from_sources:
+        unaligned |= pointer
+    alignment = tuple(p & 15 for p in (*from_sources, *state_pointers)) if unaligned & 15 else None
+    launch = _prepared.find(step, recipe, alignment, tile)
+    return launch(step, from_sources, state_pointers)
 
 
-_dtype = attrgetter("dtype")
-_Prepared = Callable[[tuple[Tensor, ...], list[int], "Tensor | None", Tensor], None]
-_prepared: dict[tuple[Any, ...], _Prepared] = {}
-
-
-def _remember(key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
-    if len(_prepared) >= MAX_PREPARED:
-        _prepared.clear()
-    _prepared[key] = prepared
-    return prepared
+_Launch = Callable[[Step, list[int], list[int]], Tensor]
 
 
 class Launch(NamedTuple):
-    """What a kind of arguments is launched with, beside the arguments themselves."""
+    """What a kind of steps is launched with, beside the tensors themselves."""
 
     kernel: Any
     numbers: tuple[int, ...]  # the kernel's runtime integers
@@ -151,100 +109,101 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]
 
 
-def describe(
-    tensors: tuple[Tensor, ...],
-    eps: float,
-    gate: str,
-    cu_seqlens: Tensor | None,
-    heads: tuple[int, int],
-    tile: Tile | None,
-    max_programs: int,
-    beta_scale: float = 1.0,
-) -> Launch:
-    """The launch for these arguments (in the op's order), whatever device they are on."""
-    _check(tensors, cu_seqlens)
-    s = DecodeShapes.of(tensors[0], tensors[2], tensors[6])
-    one_token = cu_seqlens is None and s.N == s.B
-    low, key_heads = s.key_heads(*heads)
-    skipped = low if tensors[0].shape[1] < s.HK else 0
+def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -> Launch:
+    """The launch for this kind of steps, whatever device its tensors are on."""
+    s = check_step(step, recipe)
+    _check(step)
+    tokens = step.tokens
+    one_token = step.cu_seqlens is None and s.N == s.B
+    _, key_heads = s.key_heads(recipe)
     items = s.B * key_heads
     if tile is None:
-        tile = table_tile(tensors[0].device, items, s.DV) if one_token else tiles.whole_head(s.DV)
-    layout = _layout(s, tensors, eps, gate, beta_scale, heads, key_heads, skipped, tile, strided=items > max_programs)
+        tile = table_tile(tokens.q.device, items, s.DV) if one_token else tiles.whole_head(s.DV)
+    layout = _layout(s, step, recipe, tile, strided=items > max_programs)
     if not one_token and layout.TILES > 1:
-        raise ValueError(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
+        raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
-    return Launch(kernel, _numbers(s, tensors, items), layout, _options(tile), (min(items, max_programs), 1, 1))
+    return Launch(kernel, _numbers(s, step, items), layout, _options(tile), (min(items, max_programs), 1, 1))
 
 
-def _prepare(
-    tensors: tuple[Tensor, ...],
-    eps: float,
-    gate: str,
-    beta_scale: float,
-    cu_seqlens: Tensor | None,
-    heads: tuple[int, int],
-    tile: Tile | None,
-) -> _Prepared:
-    """Compiles the kernel for one kind of arguments; returns what launches it."""
-    device = tensors[0].device
-    kernel, numbers, layout, options, grid = describe(
-        tensors, eps, gate, cu_seqlens, heads, tile, _max_programs(device), beta_scale
-    )
+def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
+    """Checks and compiles for one kind of steps; returns what launches it."""
+    tokens, states, weights = step.tokens, step.states, step.weights
+    device, dtype = tokens.v.device, tokens.v.dtype
+    shape = tokens.v.shape[0], recipe.heads[1] * tokens.v.shape[3]
+    kernel, numbers, layout, options, grid = describe(step, recipe, tile, _max_programs(device))
     if INTERPRETED:
-        return lambda tensors, _, cu_seqlens, out: kernel[grid](*tensors, cu_seqlens, out, *numbers, layout, **options)
+        return partial(_interpret, kernel[grid], numbers, layout, options, shape)
+    arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *numbers, layout)
     with torch.cuda.device(device):
-        out = tensors[2].new_empty(0)
-        compiled = kernel.warmup(*tensors, cu_seqlens, out, *numbers, layout, grid=grid, **options)
-        run = compiled[grid]
+        run = kernel.warmup(*arguments, grid=grid, **options)[grid]
+    places = places_of(step)
 
-    def launch(_: tuple[Tensor, ...], pointers: list[int], cu_seqlens: Tensor | None, out: Tensor) -> None:
+    def launch(step: Step, sources: list[int], others: list[int]) -> Tensor:
         # Addresses rather than tensors: Triton's launcher would ask each tensor for its own again.
+        out = torch.empty(shape, dtype=dtype, device=device)
+        pointers = [sources[i] + offset for i, offset in places]
+        arguments = (*pointers, *others, step.cu_seqlens, out.data_ptr(), *numbers, layout)
         if torch.cuda.current_device() == device.index:
-            run(*pointers, cu_seqlens, out.data_ptr(), *numbers, layout)
+            run(*arguments)
         else:
             with torch.cuda.device(device):
-                run(*pointers, cu_seqlens, out.data_ptr(), *numbers, layout)
+                run(*arguments)
+        return out
 
     return launch
 
 
-def _check(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> None:
+def _interpret(run: Any, numbers: Any, layout: Layout, options: Any, shape: Any, step: Step, *_: Any) -> Tensor:
+    tokens = step.tokens
+    out = tokens.v.new_empty(shape)
+    run(*tokens, *step.states, *step.weights, step.cu_seqlens, out, *numbers, layout, **options)
+    return out
+
+
+_prepared = Prepared(_prepare)
+
+
+def places_of(step: Step) -> list[tuple[int, int]]:
+    """Where each of the tokens' tensors begins: in which source, and how many bytes after its first element.
+
+    Found on stand-ins without data: a projection may return slices of one tensor, so that addresses prove nothing.
+    """
+    stand_ins: Sources = tuple(
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in step.sources
+    )
+    index = {x.untyped_storage()._cdata: i for i, x in enumerate(stand_ins)}
+    tokens: Tokens = step.read(stand_ins)
+    return [(index[x.untyped_storage()._cdata], x.storage_offset() * x.element_size()) for x in tokens]
+
+
+def _check(step: Step) -> None:
     """What this backend asks beyond the op's own rules."""
-    recurrent_state, A_log, dt_bias = tensors[7], tensors[9], tensors[10]
-    if any(x.dtype == torch.float64 for x in tensors):
-        raise ValueError("the Triton backend computes in float32: got a float64 argument; use the torch backend")
-    if recurrent_state.stride()[2:] != (recurrent_state.shape[3], 1):
-        raise ValueError(f"recurrent_state: got strides {recurrent_state.stride()}, expected contiguous heads [DK, DV]")
-    for name, x in {"A_log": A_log, "dt_bias": dt_bias, "cu_seqlens": cu_seqlens}.items():
+    recurrent, weights = step.states.recurrent, step.weights
+    if any(x.dtype == torch.float64 for x in (*step.sources, *step.states, *weights)):
+        raise UnsupportedStep("the Triton backend computes in float32: got a float64 argument; use the torch backend")
+    if recurrent.stride()[2:] != (recurrent.shape[3], 1):
+        raise UnsupportedStep(f"recurrent_state: got strides {recurrent.stride()}, expected contiguous heads [DK, DV]")
+    for name, x in {"A_log": weights.A_log, "dt_bias": weights.dt_bias, "cu_seqlens": step.cu_seqlens}.items():
         if x is not None and x.stride(0) != 1 and x.numel() > 1:
-            raise ValueError(f"{name}: got stride {x.stride(0)}, expected 1")
+            raise UnsupportedStep(f"{name}: got stride {x.stride(0)}, expected 1")
 
 
-def _layout(
-    s: DecodeShapes,
-    tensors: tuple[Tensor, ...],
-    eps: float,
-    gate: str,
-    beta_scale: float,
-    heads: tuple[int, int],
-    key_heads: int,
-    skipped: int,
-    tile: Tile,
-    strided: bool,
-) -> Layout:
-    q, k, v, z, b, a, conv_state, recurrent_state, conv_weight, *_ = tensors
+def _layout(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool) -> Layout:
+    q, k, v, z, b, a = step.tokens
+    states, weights = step.states, step.weights
+    low, key_heads = s.key_heads(recipe)
     return Layout(
         HK=s.HK,
         R=s.R,
         DK=s.DK,
         DV=s.DV,
         W=s.W,
-        first_head=heads[0],
-        head_count=heads[1],
+        first_key_head=low,
         key_heads=key_heads,
-        skipped=skipped,
+        skipped=low if q.shape[1] < s.HK else 0,
         strided=strided,
+        wide=any(map(_is_wide, (*step.tokens, *states, weights.conv[None]))),
         q_head=q.stride(1),
         k_head=k.stride(1),
         v_head=v.stride(1),
@@ -255,21 +214,26 @@ def _layout(
         b_value=b.stride(2),
         a_head=a.stride(1),
         a_value=a.stride(2),
-        tap_stride=conv_state.stride(2),
-        weight_channel=conv_weight.stride(0),
-        weight_tap=conv_weight.stride(1),
-        state_head=recurrent_state.stride(1),
-        packed_taps=_packed(conv_state),
-        packed_weight=_packed(conv_weight),
+        tap_stride=states.conv.stride(2),
+        weight_channel=weights.conv.stride(0),
+        weight_tap=weights.conv.stride(-1),
+        state_head=states.recurrent.stride(1),
+        packed_taps=_packed(states.conv),
+        packed_weight=_packed(weights.conv.squeeze(1) if weights.conv.dim() == 3 else weights.conv),
         scale=s.DK**-0.5,
-        eps=eps,
-        silu=gate == "silu",
-        beta_scale=beta_scale,
+        eps=recipe.eps,
+        silu=recipe.gate == "silu",
+        beta_scale=recipe.beta_scale,
         BLOCK_K=tiles.power_of_two(s.DK),
         BLOCK_V=tile.block_v,
         TILES=tiles.power_of_two(s.DV) // tile.block_v,
         prefetch=tile.num_stages > 1,
     )
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether an offset within one token or sequence (x[i]) reaches 2^31 elements. Offsets between them are 64 bits."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) >= INT32
 
 
 def _packed(taps: Tensor) -> bool:
@@ -279,11 +243,11 @@ def _packed(taps: Tensor) -> bool:
     return words and taps.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in outer)
 
 
-def _numbers(s: DecodeShapes, tensors: tuple[Tensor, ...], items: int) -> tuple[int, ...]:
+def _numbers(s: StepShapes, step: Step, items: int) -> tuple[int, ...]:
     """The kernel's runtime integers: sizes of the work, strides between tokens and between sequences."""
-    conv_state, recurrent_state = tensors[6], tensors[7]
-    strides = [x.stride(0) for x in tensors[:6]]
-    return (items, s.N // max(s.B, 1), *strides, conv_state.stride(0), conv_state.stride(1), recurrent_state.stride(0))
+    conv, recurrent = step.states
+    strides = [x.stride(0) for x in step.tokens]
+    return (items, s.N // max(s.B, 1), *strides, conv.stride(0), conv.stride(1), recurrent.stride(0))
 
 
 def _options(tile: Tile) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""A decode step on all heads of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.backends import Backends
+from ..ops.library import decode_registered
+from ..ops.step import Recipe, States, Step
+from ..upstream.families import Family, HeadSizes, reader
+from ..upstream.unsettled import Unsettled, settle
+
+
+class FullStep:
+    """Every head is computed by this process.
+
+    note: why, where another way was asked for.
+    """
+
+    splits_heads = False
+
+    def __init__(self, family: Family, sizes: HeadSizes, recipe: Recipe, backends: Backends, note: str = ""):
+        self.family = family
+        self.read = reader(family, sizes)
+        self.recipe = recipe
+        self.backends = backends
+        self.note = note
+
+    def for_batch(self, batch: int) -> FullStep:
+        """The strategy for so many sequences."""
+        return self
+
+    def run(self, layer: Any, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+        """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; updates the states in place.
+
+        cache_layer: where the states are kept; None where the cache has no such objects. Raises UnsupportedStep,
+        before anything was changed, for what the backend does not compute.
+        """
+        if isinstance(cache_layer, Unsettled):
+            settle_outside_graphs(cache_layer)
+        family = self.family
+        step = Step(family.project(layer, hidden_states), self.read, states, family.weights(layer))
+        if torch.compiler.is_compiling():
+            out = decode_registered(step, self.recipe, self.backends.name)
+        else:
+            out = self.backends.on(hidden_states.device).decode(step, self.recipe)
+        return family.project_out(layer, out)
+
+
+settle_outside_graphs = torch.compiler.disable(settle)

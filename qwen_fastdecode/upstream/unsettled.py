@@ -1,0 +1,151 @@
+"""Cache layers whose tensors are not the whole truth now, and how everybody who reads them sees the truth all the same.
+
+A step may leave work undone on a cache layer: heads that other ranks have, say. It leaves a `Debt` there (`owe`), and
+`settle` has the debt make the tensors true. While a layer owes, its class is a subclass of its own in which reading
+`conv_states` or `recurrent_states`, pickling and resetting settle first; a settled layer is of its own class again, and
+costs nothing. So upstream, a user's code, a copy and `torch.save` see settled states without knowing of this.
+What somebody took out of the layer and kept is his snapshot.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Protocol
+
+from ..ops.step import States
+from .caches import SETTLES, stored_states
+
+_DEBT = "_qwen_fastdecode_debt"  # the attribute of a layer that owes
+_owing: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by id: a layer may not be hashable
+
+
+class Debt(Protocol):
+    """What has to be done before a layer's tensors are true."""
+
+    def settle(self, states: States, *, by_reader: bool) -> None:
+        """Makes the states true, in place. `by_reader`: somebody reads them who may be alone, outside a step."""
+
+    def of_copy(self) -> Debt | None:
+        """The debt of a copy of a layer that owes; None where a copy is to be made of a settled layer."""
+
+    def check_pickle(self) -> None:
+        """Raises PatchError where the states cannot be settled to be pickled."""
+
+
+class Unsettled:
+    """The mixin of a cache layer's class while it owes."""
+
+    _qwen_fastdecode_settles = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        debt = debt_of(self)
+        if debt is not None:
+            debt.check_pickle()
+            settle(self, by_reader=True)
+        return self.__reduce_ex__(protocol)  # of the class that it was and is again
+
+    def __copy__(self) -> Any:
+        return _copy(self, copy.copy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _copy(self, lambda x: copy.deepcopy(x, memo))
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        _forget(self)  # nothing of what was is read again
+        return self.reset(*args, **kwargs)
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Picks whole sequences: what was true of a state's part stays so, where a copy of the debt may be kept."""
+        debt = debt_of(self)
+        kept = None if debt is None else debt.of_copy()
+        if kept is None:
+            settle(self, by_reader=True)
+        _forget(self)
+        result = self.reorder_cache(*args, **kwargs)
+        if kept is not None and debt is not None:
+            owe(self, debt)
+        return result
+
+
+def owe(layer: Any, debt: Debt) -> None:
+    """The layer's tensors are not true until `debt` is settled; a debt that is there already is replaced."""
+    vars(layer)[_DEBT] = debt
+    if not isinstance(layer, Unsettled):
+        own: Any = type(layer)
+        layer.__class__ = _unsettled(own)
+    _owing[id(layer)] = layer
+
+
+def debt_of(layer: Any) -> Debt | None:
+    """What the layer owes."""
+    return vars(layer).get(_DEBT)
+
+
+def settle(layer: Any, *, by_reader: bool = False) -> None:
+    """Makes the layer's tensors true. Where that fails the layer goes on owing."""
+    if not isinstance(layer, Unsettled):
+        return
+    debt = debt_of(layer)
+    states = stored_states(layer)
+    if debt is not None and states is not None:  # None: nothing that is read
+        debt.settle(states, by_reader=by_reader)
+    _forget(layer)
+
+
+def settled_by(layer: Any) -> None:
+    """Somebody made the layer's tensors true, or gave them up: it owes nothing any more."""
+    _forget(layer)
+
+
+def owing_layers() -> Iterator[tuple[Any, Debt]]:
+    """Every living cache layer that owes."""
+    for layer in list(_owing.values()):
+        debt = debt_of(layer)
+        if debt is not None:
+            yield layer, debt
+
+
+def _forget(layer: Any) -> None:
+    vars(layer).pop(_DEBT, None)
+    _owing.pop(id(layer), None)
+    if isinstance(layer, Unsettled):
+        layer.__class__ = type(layer).__mro__[2]  # [the subclass, Unsettled, its own class, ...]
+
+
+@cache
+def _unsettled(own: type) -> type:
+    """The subclass of a cache layer's class for the time that it owes."""
+    names = {"conv_states": _settling("conv_states"), "recurrent_states": _settling("recurrent_states")}
+    called = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (Unsettled, own), {**names, **called, SETTLES: True})
+
+
+def _settling(name: str) -> property:
+    """Reads and writes the attribute of that name of a settled layer."""
+
+    def get(self: Any) -> Any:
+        settle(self, by_reader=True)
+        return vars(self)[name]
+
+    def put(self: Any, value: Any) -> None:
+        settle(self, by_reader=True)
+        vars(self)[name] = value
+
+    return property(get, put)
+
+
+def _copy(layer: Any, how: Any) -> Any:
+    """A copy that owes as well, where the debt says so, else one of the settled layer."""
+    debt = debt_of(layer)
+    kept = None if debt is None else debt.of_copy()
+    if kept is None:
+        settle(layer, by_reader=True)
+        return how(layer)
+    own: Any = type(layer).__mro__[2]
+    copied = own.__new__(own)
+    vars(copied).update((name, how(value)) for name, value in vars(layer).items() if name != _DEBT)
+    owe(copied, kept)
+    return copied
