@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-COUNTING = "Counters count eager steps; steps inside torch.compile or replayed CUDA graphs are not counted."
+COUNTING = (
+    "Counters count eager steps and those that cuda_graph=True replays; steps inside torch.compile or somebody else's "
+    "CUDA graphs are not counted."
+)
+CUDA_GRAPH_HINT = (
+    "patch(model, cuda_graph=True) also runs decode steps of generate as one CUDA graph: docs/cuda-graph.md"
+)
 
 
 def _in_a_table(reason: str) -> str:
@@ -28,11 +34,39 @@ class LayerStatus:
 
 
 @dataclass(frozen=True)
+class GraphStatus:
+    """What `cuda_graph=True` has done so far; `str()` is a few lines to read."""
+
+    captures: int = 0
+    compared: int = 0  # captures whose first replay was compared with an eager step
+    worst: float = 0.0  # of those, the largest relative distance
+    replays: int = 0
+    tokens: int = 0  # that replays gave: one a sequence
+    grouped_calls: int = 0  # calls in which experts kept grouped_mm while decoding
+    reasons: dict[str, int] = field(default_factory=dict)  # calls, or the rest of them, that ran eagerly
+    details: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"cuda_graph: {self.captures} captured, {self.replays} replays, {self.tokens} tokens; "
+            f"{self.compared} of {self.captures} first replays were compared with an eager step (distance "
+            f"{self.worst:.1e})"
+        ]
+        if self.grouped_calls:
+            lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
+        for reason, count in sorted(self.reasons.items()):
+            detail = f" ({self.details[reason]})" if reason in self.details else ""
+            lines.append(f"cuda_graph: eager: {reason}: {count}{detail}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Status:
     """The state of every gated DeltaNet layer that was looked at; `str()` is a table."""
 
     layers: tuple[LayerStatus, ...]
     notes: tuple[str, ...] = ()
+    graphs: GraphStatus | None = None  # None where no model with `cuda_graph=True` has generated
 
     @property
     def fast_steps(self) -> int:
@@ -74,6 +108,7 @@ class Status:
             lines.append(f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
         lines += [f"fallback: {reason}: {count}" for reason, count in sorted(self.fallbacks.items())]
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
+        lines += [] if self.graphs is None else [str(self.graphs)]
         return "\n".join([*lines, *dict.fromkeys([*long, *self.notes]), COUNTING])
 
 

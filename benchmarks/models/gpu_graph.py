@@ -44,15 +44,11 @@ def eager_patched(model: Any) -> Iterator[None]:
 @contextmanager
 def captured(model: Any) -> Iterator[None]:
     """Raises AssertionError where calls were not captured."""
-    with qwen_fastdecode.patched(model):
-        graph.enable(model)
-        try:
-            yield
-            found = graph.describe(model)
-            print(found, flush=True)
-            assert found.replays or model.device.type != "cuda", f"nothing was replayed: {found}"
-        finally:
-            graph.disable(model)
+    with qwen_fastdecode.patched(model, cuda_graph=True):
+        yield
+        found = graph.describe(model)
+        print(found, flush=True)
+        assert found.replays or model.device.type != "cuda", f"nothing was replayed: {found}"
 
 
 @contextmanager
@@ -61,12 +57,8 @@ def fixed_addresses(model: Any) -> Iterator[None]:
     kept = Call._captured
     Call._captured = lambda self, inputs: self._first(inputs)  # type: ignore[method-assign]
     try:
-        with qwen_fastdecode.patched(model):
-            graph.enable(model)
-            try:
-                yield
-            finally:
-                graph.disable(model)
+        with qwen_fastdecode.patched(model, cuda_graph=True):
+            yield
     finally:
         Call._captured = kept  # type: ignore[method-assign]
 

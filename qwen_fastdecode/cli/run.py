@@ -49,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
     add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
+    add("--cuda-graph", action="store_true", help="decode steps of generate as one CUDA graph (docs/cuda-graph.md)")
     add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
     add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
     add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.program:
         args.parser.error("expected a SCRIPT, or -m and a MODULE")
     name, *arguments = args.program
-    patch_imports(args.backend, strict=args.strict, keep=args.report)
+    patch_imports(args.backend, strict=args.strict, keep=args.report, cuda_graph=args.cuda_graph)
     if args.report:
         atexit.register(print_report)
     try:
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
+def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool) -> None:
     """Has every supported family patched as soon as the program has imported it, and not earlier."""
 
     def families(_: ModuleType) -> None:
@@ -87,8 +88,13 @@ def patch_imports(backend: str, *, strict: bool, keep: bool) -> None:
 
     def patch(module: ModuleType) -> None:
         from ..layer.everything import patch_imported  # imports torch, which now is there
+        from ..layer.plan import Settings
 
-        patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
+        patch_imported(module.__name__, settings=Settings(backend, cuda_graph=cuda_graph), strict=strict, keep=keep)
+        if cuda_graph:
+            from .. import graph
+
+            graph.refresh()
 
     install.on_import("transformers", families)
 

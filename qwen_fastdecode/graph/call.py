@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layer.plan import plan_of
+from ..switch import switched_off
 from . import eligible
 from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
 from .capture import Graph, tensors_in, wait
@@ -76,11 +78,14 @@ class Call:
         cache = outputs.get(offer.name)
         if offer.cache is None or cache is not offer.cache() or not reviewed(cache):
             self._is_eager(Eager.UNKNOWN_CACHE)
+        elif all(plan_of(module) is None for module in self._model.modules()):
+            self._is_eager(Eager.UNPATCHED)
         elif not fits(cache, offer.limit):
             self._is_eager(Eager.MEMORY)
         elif offer.limit - cache.get_seq_length() < eligible.FEWEST:  # type: ignore
             self._is_eager(Eager.FEW_TOKENS)
         else:
+            self._layer = next(module for module in self._model.modules() if plan_of(module) is not None)
             self._growing = GrowingCache(cache, self._model.config.get_text_config(decoder=True), offer.limit)
             outputs[offer.name] = self._growing.static
         return outputs
@@ -128,9 +133,10 @@ class Call:
 
     def _interrupted(self) -> Eager | None:
         """What ends replaying at once, whoever did it."""
-        if not self._state.active:
+        plan = plan_of(self._layer)
+        if plan is None or not plan.settings.cuda_graph:
             return Eager.UNPATCHED
-        if eligible.switched_off():
+        if switched_off():
             return Eager.SWITCHED_OFF
         if self._captures >= MOST_CAPTURES:
             return Eager.CHANGING

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,18 +9,13 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from ..layer.eligibility import KILL_SWITCH
+from ..switch import switched_off
 from .reasons import Eager
 
 OLDEST = Version("5.13")
 MODES = ("greedy_search", "sample")
 ATTENTION = ("sdpa", "eager", None)
 FEWEST = 6  # decode steps in which a capture, compared with an eager step, has paid for itself
-
-
-def switched_off() -> bool:
-    """The kill switch, as it is now."""
-    return os.environ.get(KILL_SWITCH) == "0"
 
 
 def device_is_supported(device: torch.device) -> bool:

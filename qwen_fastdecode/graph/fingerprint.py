@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layer.plan import plan_of
 from ..names import PLAN
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -32,7 +33,7 @@ class Fingerprint:
         self._hooks = [kept[name] for kept in own for name in ("_forward_pre_hooks", "_forward_hooks")]
         self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
         self._own = own
-        self._layers = [kept for kept in own if PLAN in kept]
+        self._layers = [(module, plan) for module in modules if (plan := plan_of(module)) is not None]
         self._adapters = [kept for kept in own if "_disable_adapters" in kept]
         # Tensors that are plain attributes (the offsets of multimodal positions), which a prompt's pass replaces.
         self._attributes = [(kept, name) for kept in own for name, value in kept.items() if isinstance(value, Tensor)]
@@ -54,7 +55,8 @@ class Fingerprint:
             [*map(tuple, self._hooks)],
             [kept["training"] for kept in self._own],
             [kept.get("forward") for kept in self._own],
-            [id(kept.get(PLAN)) for kept in self._layers],
+            [id(vars(layer).get(PLAN)) for layer, _ in self._layers],
+            [plan.holds_for(layer) for layer, plan in self._layers],
             [_adapter(kept) for kept in self._adapters],
         )
 

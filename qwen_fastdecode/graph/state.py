@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from ..layer import everything
+from ..names import EXCLUDED, PLAN
+from ..upstream.seams import upstream_of
 from . import eligible
 from .capture import Pool
 from .reasons import Eager
@@ -25,10 +28,6 @@ _thread = threading.local()
 def innermost() -> Any:
     """The call of `generate` that this thread is in, of whatever model."""
     return getattr(_thread, "call", None)
-
-
-# While `patch(cuda_graph=True)` of everything is on: makes the state of a model that generates for the first time.
-adopt: Callable[[Any], State | None] | None = None
 
 
 class Offer(NamedTuple):
@@ -53,7 +52,6 @@ class State:
     """On a model instance. A copied or unpickled model has none."""
 
     def __init__(self) -> None:
-        self.active = True  # False once the patch is off: calls in progress go on eagerly
         self.captures = self.compared = self.replays = self.tokens = self.grouped_calls = 0
         self.worst = 0.0  # relative distance of a first replay from the eager step
         self.failures = 0
@@ -123,9 +121,38 @@ class State:
         return type(None), ()
 
 
+_states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+
+
+def wanted(model: Any) -> bool:
+    """Whether the layers of a model were patched with `cuda_graph=True`; of one that has not run while a `patch()` of
+    everything is on, whether they are going to be."""
+    settings = everything.current_settings()
+    for module in model.modules():
+        plan = vars(module).get(PLAN)
+        if plan:
+            return bool(plan.settings.cuda_graph)
+        if settings is not None and plan is not EXCLUDED and upstream_of(type(module)) is not None:
+            return settings.cuda_graph
+    return False
+
+
 def state_of(model: Any) -> State | None:
-    """The model's state; None for upstream's own way."""
-    state = vars(model).get(STATE)
-    if state is None and adopt is not None and STATE not in vars(model):
-        state = adopt(model)
-    return state if state is not None and state.active else None
+    """The model's state, made where there is none yet; None for upstream's own way."""
+    if not wanted(model):
+        return None
+    state: State | None = vars(model).get(STATE)
+    if state is None:
+        state = vars(model)[STATE] = _states[model] = State()
+    return state
+
+
+def states() -> dict[Any, State]:
+    """Of every living model that has one."""
+    return dict(_states)
+
+
+def forget(model: Any) -> None:
+    """Takes the state off a model."""
+    _states.pop(model, None)
+    vars(model).pop(STATE, None)

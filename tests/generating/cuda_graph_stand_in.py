@@ -10,7 +10,6 @@ import torch
 from recorded_graph import Pool, RecordedGraph
 
 import qwen_fastdecode as qf
-from qwen_fastdecode import graph
 from qwen_fastdecode.graph import call, capture, eligible, state
 
 
@@ -35,11 +34,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(call, "worth_it", lambda eager_ms, replay_ms: True)
     monkeypatch.setattr(torch, "Event", Event)
     yield
-    graph.disable()
+    qf.unpatch()
     assert RecordedGraph.living == 0
 
 
 def captured(model: torch.nn.Module) -> None:
     """Patches, with `cuda_graph=True`."""
-    qf.patch(model, backend="torch")
-    graph.enable(model)
+    qf.patch(model, backend="torch", cuda_graph=True)

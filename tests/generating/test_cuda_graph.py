@@ -38,9 +38,9 @@ def test_the_same_tokens_from_replays(family: str) -> None:
 
 def eager_reason(model: Any, **options: Any) -> dict[str, int]:
     """Why a call was eager; what it said is what an unpatched model says."""
-    graph.disable(model)
+    qf.patch(model, backend="torch")
     expected = generate(model, 12, **options)
-    graph.enable(model)
+    captured(model)
     assert torch.equal(generate(model, 12, **options), expected)
     found = graph.describe(model)
     assert (found.captures, found.replays) == (0, 0)
@@ -59,7 +59,6 @@ CHOSEN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("reason", CHOSEN)
 def test_what_the_caller_chose_is_respected(reason: str) -> None:
     model = build()
-    qf.patch(model, backend="torch")
     assert eager_reason(model, **CHOSEN[reason]) == {reason: 1}
     assert model.generation_config.cache_implementation is None
 
@@ -198,9 +197,7 @@ class Meddler(LogitsProcessor):
 def meddled(act: Callable[[Any], Any], *, capture: bool) -> tuple[torch.Tensor, Any]:
     """The tokens of a call during which `act` is done to the model."""
     model = build()
-    qf.patch(model, backend="torch")
-    if capture:
-        graph.enable(model)
+    qf.patch(model, backend="torch", cuda_graph=capture)
     tokens = generate(model, 24, logits_processor=LogitsProcessorList([Meddler(partial(act, model))]))
     return tokens, graph.describe(model)
 
@@ -259,7 +256,7 @@ def test_weights_that_are_written_in_place_stay_captured() -> None:
 
 ENDS: dict[str, Callable[[Any], Any]] = {
     "switched off by QWEN_FASTDECODE=0": lambda model: os.environ.update(QWEN_FASTDECODE="0"),
-    "the patch was taken off during the call": graph.disable,
+    "the patch was taken off during the call": qf.unpatch,
 }
 
 
@@ -269,7 +266,7 @@ def test_what_ends_replaying_during_a_call(reason: str, monkeypatch: pytest.Monk
     model = build()
     expected = generate(model, 24)
     captured(model)
-    own = vars(model)[state.STATE]
+    own = state.state_of(model)
     processors = LogitsProcessorList([Meddler(partial(ENDS[reason], model))])
     assert torch.equal(generate(model, 24, logits_processor=processors), expected)
     assert (own.captures, own.replays) == (1, 5)

@@ -209,7 +209,6 @@ def test_what_is_taken_off_is_what_was_there() -> None:
     generate(model, 12)
     assert model.generation_config.to_dict() == settings
     assert vars(utils.GenerationMixin)["_sample"] is not before[1]
-    graph.disable(model)
     qf.unpatch(model)
     assert all(vars(owner)[name] is one for (owner, name), one in zip(seams, before, strict=True))
     assert set(vars(model)) == attributes
@@ -256,11 +255,12 @@ def test_copies_and_pickles_are_upstreams() -> None:
     model = build()
     expected = generate(model, 16)
     captured(model)
+    generate(model, 16)
     other = copy.deepcopy(model)
     assert torch.equal(generate(other, 16), expected)
     assert graph.describe(other) is None
     assert pickle.loads(pickle.dumps(vars(model)[state.STATE])) is None
-    assert graph.describe(model).captures == 0
+    assert graph.describe(model).captures == 1
 
 
 def test_a_call_within_a_call() -> None:
@@ -316,22 +316,31 @@ def test_experts_keep_grouped_mm_in_large_batches(monkeypatch: pytest.MonkeyPatc
     expected = generate(model, 12, PROMPT.repeat(4, 1))
     assert graph.describe(model).grouped_calls == 1
     assert seen == []
-    graph.disable(model)
+    qf.patch(model, backend="torch")
     assert torch.equal(generate(model, 12, PROMPT.repeat(4, 1)), expected)
     assert model.config._experts_implementation == "grouped_mm"
 
 
 def test_everything_serves_models_that_come_later() -> None:
-    graph.everything(lambda model: hasattr(model, "lm_head"))
-    try:
-        qf.patch(backend="torch")
-        model, excluded = build(), build(USUAL, seed=1)
-        graph.exclude(excluded)
-        for one in (model, excluded):
-            generate(one, 16)
-        assert graph.describe(model).replays == 13
-        assert graph.describe(excluded) is None
-    finally:
-        graph.everything(None)
-    graph.disable()
+    qf.patch(backend="torch", cuda_graph=True)
+    model, excluded = build(), build(USUAL, seed=1)
+    qf.unpatch(excluded)
+    for one in (model, excluded):
+        generate(one, 16)
+    assert graph.describe(model).replays == 13
+    assert graph.describe(excluded) is None
+    qf.unpatch()
     assert not install._installed
+    generate(model, 16)
+    assert graph.describe() is None
+
+
+def test_a_block_within_a_block() -> None:
+    model = build()
+    with qf.patched(model, backend="torch"):
+        with qf.patched(model, backend="torch", cuda_graph=True):
+            generate(model, 16)
+            assert qf.status(model).graphs.replays == 13
+        generate(model, 16)
+        assert qf.status(model).graphs is None
+        assert not install._installed

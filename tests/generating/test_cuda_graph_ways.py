@@ -106,7 +106,7 @@ def test_states_in_bfloat16() -> None:
     model = build()
     qf.patch(model, backend="torch", state_dtype=torch.bfloat16)
     expected = generate(model, NEW)
-    graph.enable(model)
+    qf.patch(model, backend="torch", state_dtype=torch.bfloat16, cuda_graph=True)
     assert torch.equal(generate(model, NEW), expected)
     assert graph.describe(model).replays == NEW - 3
 
