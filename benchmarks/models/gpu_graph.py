@@ -25,7 +25,6 @@ from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import Batch, generate
 from qwen_fastdecode.graph.call import Call
 from qwen_fastdecode.graph.capture import Graph, Pool, copied
-from qwen_fastdecode.graph.eligible import FEWEST
 from qwen_fastdecode.graph.fingerprint import Fingerprint
 
 PROMPT, NEW_TOKENS, SHORT, HUNDRED = 16, 48, 32, 100
@@ -141,15 +140,6 @@ def noise(model: Any, name: str, batch: int, length: int) -> Row:
             row["eager from eager"] = graph.describe(model).worst
     finally:
         Graph.replay = own  # type: ignore[method-assign]
-    if model.device.type == "cuda":
-        with (
-            fixed_addresses(model),
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
-        ):
-            generate(model, inputs, 3 + FEWEST)
-        row["attention kernels"] = sorted(
-            {e.name[:90] for e in profile.events() if "fmha" in e.name or "attention" in e.name}
-        )
     return row
 
 

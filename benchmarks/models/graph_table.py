@@ -84,10 +84,9 @@ def _checks(rows: list[Row]) -> Iterator[str]:
         elif "sampled tokens equal" in row:
             yield f"{row['model']}, sampled with a seed, tokens equal: {row['sampled tokens equal']}"
         elif "replay from eager" in row:
-            kernels = ", ".join(row.get("attention kernels", []))
             yield (
                 f"{row['model']}, batch {row['batch']} x {row['prompt']}: first replay from eager "
-                f"{row['replay from eager']:.1e}, eager from itself {row['eager from eager']:.1e} ({kernels})"
+                f"{row['replay from eager']:.1e}, eager from itself {row['eager from eager']:.1e}"
             )
         elif "fingerprint us" in row:
             yield f"{row['model']}: asking whether anything changed takes {row['fingerprint us']:.0f} us of the host"

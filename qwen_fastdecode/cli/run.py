@@ -88,9 +88,8 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool) -
 
     def patch(module: ModuleType) -> None:
         from ..layer.everything import patch_imported  # imports torch, which now is there
-        from ..layer.plan import Settings
 
-        patch_imported(module.__name__, settings=Settings(backend, cuda_graph=cuda_graph), strict=strict, keep=keep)
+        patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
         if cuda_graph:
             from .. import graph
 

@@ -64,11 +64,11 @@ class Pool:
             self._anchor = anchor
         return self._anchor.pool()
 
-    def give_up(self) -> None:
-        """The next graph gets other memory."""
-        if self._anchor is not None:
+    def forget_memory(self, *, keep: bool) -> None:
+        """The next graph gets other memory. keep: PyTorch still has pointers to what there was."""
+        if self._anchor is not None and keep:
             _refused.append(self._anchor)
-            self._anchor = None
+        self._anchor = None
 
     def _own_stream(self) -> torch.cuda.Stream:
         """One of torch's, never the one that the caller works on."""
@@ -178,8 +178,10 @@ class CudaRecorder:
             self._graph = None
             with suppress(RuntimeError):  # PyTorch had ended it after all
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
-            self._pool.give_up()
+            self._pool.forget_memory(keep=True)
             self._pool.memory()
+        else:
+            self._pool.forget_memory(keep=False)  # it may have been all that there is
 
 
 OWN_THREAD = "thread_local"  # other threads may do with the device what a capture forbids
