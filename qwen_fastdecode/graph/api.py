@@ -11,7 +11,7 @@ from ..layer.install import touched_layers
 from ..layer.plan import plan_of
 from ..report import GraphStatus
 from . import install
-from .state import forget, states, wanted
+from .state import forget, gone, states, wanted
 
 
 def refresh() -> None:
@@ -35,17 +35,18 @@ def _anybody() -> bool:
 
 def describe(model: nn.Module | None = None) -> GraphStatus | None:
     """What was done for `model`, or for all models; None where none has a state."""
-    found = states()
-    if model is not None:
+    if model is None:
+        found = [*states().values(), *gone()]
+    else:
         inside = {id(module) for module in model.modules()}
-        found = {one: own for one, own in found.items() if id(one) in inside}
+        found = [own for one, own in states().items() if id(one) in inside]
     if not found:
         return None
     reasons: Counter[str] = Counter()
     details: dict[str, str] = {}
     totals: Counter[str] = Counter()
     worst = 0.0
-    for own in found.values():
+    for own in found:
         own.settle()
         reasons.update({str(reason): count for reason, count in own.reasons.items()})
         details.update({str(reason): detail for reason, detail in own.details.items()})

@@ -98,6 +98,10 @@ class State:
         with self._counting:
             return self._pools.setdefault(device, Pool(device))
 
+    def free(self) -> None:
+        """The model is gone, or its patch is: graphs in use keep their memory for as long as they need it."""
+        self._pools.clear()
+
     def count(self, reason: Eager, detail: str = "") -> None:
         """A call, or the rest of one, runs eagerly."""
         with self._counting:
@@ -121,6 +125,7 @@ class State:
         return type(None), ()
 
 
+_kept: list[State] = []  # as the plans of layers that are gone
 _states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
 
 
@@ -144,7 +149,16 @@ def state_of(model: Any) -> State | None:
     state: State | None = vars(model).get(STATE)
     if state is None:
         state = vars(model)[STATE] = _states[model] = State()
+        weakref.finalize(model, state.free)
+        if everything.kept_plans() is not None:
+            _kept.append(state)
     return state
+
+
+def gone() -> list[State]:
+    """Of models that are no longer there, where what they did is to be listed."""
+    living = {id(state) for state in _states.values()}
+    return [state for state in _kept if id(state) not in living] if everything.kept_plans() is not None else []
 
 
 def states() -> dict[Any, State]:
@@ -154,5 +168,7 @@ def states() -> dict[Any, State]:
 
 def forget(model: Any) -> None:
     """Takes the state off a model."""
-    _states.pop(model, None)
+    state = _states.pop(model, None)
+    if state is not None:
+        state.free()
     vars(model).pop(STATE, None)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +103,7 @@ class Wrapped(torch.nn.Module):
 
 
 def reads_host(module: Any, x: torch.Tensor) -> None:
+    module.calls += 1
     x.sum().item()
 
 
@@ -207,11 +211,13 @@ def test_what_is_taken_off_is_what_was_there() -> None:
     settings, attributes = model.generation_config.to_dict(), set(vars(model))
     captured(model)
     generate(model, 12)
+    pool = weakref.ref(state.state_of(model).pool(model.device))
     assert model.generation_config.to_dict() == settings
     assert vars(utils.GenerationMixin)["_sample"] is not before[1]
     qf.unpatch(model)
     assert all(vars(owner)[name] is one for (owner, name), one in zip(seams, before, strict=True))
     assert set(vars(model)) == attributes
+    assert pool() is None
     assert model.generation_config.to_dict() == settings
 
 
@@ -344,3 +350,32 @@ def test_a_block_within_a_block() -> None:
         generate(model, 16)
         assert qf.status(model).graphs is None
         assert not install._installed
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+from models import build, generate
+import qwen_fastdecode
+for _ in range(2):
+    generate(build(), 12)
+print(qwen_fastdecode.status().graphs)
+"""
+
+
+def test_a_program_that_is_not_edited(tmp_path: Path) -> None:
+    """On this machine without a GPU it says so, of each call."""
+    (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent.parent)))
+    command = [
+        sys.executable,
+        "-m",
+        "qwen_fastdecode",
+        "run",
+        "--backend",
+        "torch",
+        "--cuda-graph",
+        "--report",
+        "program.py",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "cuda_graph: eager: the model is not on a CUDA device: 2" in done.stdout, done.stderr
