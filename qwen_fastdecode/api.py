@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import graph
 from .layer import everything, install
 from .layer.cover import (
     check,
@@ -25,9 +26,9 @@ from .layer.cover import (
 )
 from .layer.everything import Everything
 from .layer.find import describe, describe_gone, describe_plan, find_layers
-from .layer.plan import Settings, plan_of
+from .layer.plan import Plan, Settings, plan_of
 from .names import Backend, HeadParallel
-from .report import PatchReport, Status
+from .report import CUDA_GRAPH_HINT, PatchReport, Status
 from .steps.ranks import agreement
 from .steps.split import spoil_caches
 from .switch import switched_off
@@ -43,6 +44,7 @@ def patch(
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
     head_parallel: HeadParallel = "auto",
+    cuda_graph: bool = False,
 ) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
 
@@ -59,6 +61,8 @@ def patch(
         head_parallel: of a tensor-parallel model, whether each rank runs only its own heads ("on"), all of them as
             upstream does ("off"), or its own where that costs no more gathers or the batch is large ("auto").
             Every rank must patch, and unpatch, alike.
+        cuda_graph: on a GPU, decode steps of `generate` are captured as one CUDA graph and replayed, where they can be;
+            `status` says how many were and why others were not. docs/cuda-graph.md says when it is worth it.
 
     Returns:
         A report with one entry a layer; `print` it.
@@ -73,11 +77,14 @@ def patch(
         TypeError: `model` is no model.
         RanksDisagree: another rank of a tensor-parallel model was patched otherwise, failed, or did not come in time.
     """
-    settings = Settings(backend, state_dtype, head_parallel)
+    settings = Settings(backend, state_dtype, head_parallel, cuda_graph)
     with everything.lock:
         if model is None:
-            return everything.patch_everything(Everything(settings, strict, everything.kept_plans()), lasting=True)
-        return _patch_model(model, settings, strict, _PATCH)
+            report = everything.patch_everything(Everything(settings, strict, everything.kept_plans()), lasting=True)
+        else:
+            report = _patch_model(model, settings, strict, _PATCH)
+        graph.refresh()
+        return report
 
 
 def _patch_model(model: nn.Module, settings: Settings, strict: bool, holder: Any) -> PatchReport:
@@ -91,7 +98,9 @@ def _patch_model(model: nn.Module, settings: Settings, strict: bool, holder: Any
         settle_caches([layer.module for layer in layers])
     cover(layers, holder)
     entries = tuple(describe(layer, everything=everything.is_on()) for layer in layers)
-    report = PatchReport(entries, notes_of(layers))
+    on_gpu = any(layer.module.A_log.is_cuda for layer in layers if isinstance(layer.plan, Plan))
+    hint = (CUDA_GRAPH_HINT,) if on_gpu and not settings.cuda_graph else ()
+    report = PatchReport(entries, notes_of(layers) + hint)
     _log.info("patched %s: %d of %d layers covered", type(model).__qualname__, report.covered, len(entries))
     return report
 
@@ -115,6 +124,7 @@ def unpatch(model: nn.Module | None = None) -> None:
         else:
             everything.exclude(model)
         everything.release_classes()
+        graph.refresh()
     _log.info("unpatched %s: %d layers", "everything" if model is None else type(model).__qualname__, len(touched))
 
 
@@ -126,19 +136,21 @@ def patched(
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
     head_parallel: HeadParallel = "auto",
+    cuda_graph: bool = False,
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a with block. Yields the report.
 
     Blocks may overlap, in other threads and tasks too: a layer has the plan of the block that was entered last among
     those that are open, and what `patch` gave it once all have ended.
     """
-    settings = Settings(backend, state_dtype, head_parallel)
+    settings = Settings(backend, state_dtype, head_parallel, cuda_graph)
     holder: Any = object() if model is not None else Everything(settings, strict)
     with everything.lock:
         if model is None:
             report = everything.patch_everything(holder, lasting=False)
         else:
             report = _patch_model(model, settings, strict, holder)
+        graph.refresh()
     try:
         yield report
         settle_caches([layer for layer, _ in touched_layers(model)])
@@ -150,6 +162,7 @@ def patched(
             everything.end(holder)
             install.let_go(holder)
             everything.release_classes()
+            graph.refresh()
 
 
 def status(model: nn.Module | None = None) -> Status:
@@ -159,15 +172,17 @@ def status(model: nn.Module | None = None) -> Status:
     switched_off()  # has compiled steps heed the switch as it is now
     with everything.lock:
         if model is not None:
-            layers = find_layers(model)
-            return Status(tuple(describe(layer, everything=everything.is_on()) for layer in layers), notes_of(layers))
+            layers, graphs = find_layers(model), graph.describe(model)
+            entries = [describe(layer, everything=everything.is_on()) for layer in layers]
+            return Status(tuple(entries), notes_of(layers), graphs)
+        graphs = graph.describe()
         plans = [(module, plan_of(module)) for module, _ in install.touched_layers()]
         entries = [describe_plan(plan.name, module, plan) for module, plan in plans if plan is not None]
         living = {id(plan) for _, plan in plans}
         entries += [describe_gone(plan) for plan in everything.kept_plans() or () if id(plan) not in living]
         notes = ["patch() of everything is on: a layer is listed from its first use."] if everything.is_on() else []
         notes += notes_on({layer_class for _, layer_class in install.touched_layers()})
-        return Status(tuple(sorted(entries, key=lambda entry: entry.name)), tuple(notes))
+        return Status(tuple(sorted(entries, key=lambda entry: entry.name)), tuple(notes), graphs)
 
 
 def reset_counters(model: nn.Module | None = None) -> None:

@@ -13,7 +13,13 @@ from .reasons import Reason
 PREFILL = Reason.SEVERAL_TOKENS.value
 HEAD = ("layers", "family", "backend", "fast steps", "prefills", "fallbacks", "")
 NUMBER = re.compile(r"\d+(?=\.|\]|$)")  # a layer's, in its name
-COUNTING = "Counters count eager steps; steps inside torch.compile or replayed CUDA graphs are not counted."
+COUNTING = (
+    "Counters count eager steps and those that cuda_graph=True replays; steps inside torch.compile or somebody else's "
+    "CUDA graphs are not counted."
+)
+CUDA_GRAPH_HINT = (
+    "patch(model, cuda_graph=True) also runs decode steps of generate as one CUDA graph: docs/cuda-graph.md"
+)
 
 
 def _in_a_table(reason: str) -> str:
@@ -36,11 +42,39 @@ class LayerStatus:
 
 
 @dataclass(frozen=True)
+class GraphStatus:
+    """What `cuda_graph=True` has done so far; `str()` is a few lines to read."""
+
+    captures: int = 0
+    compared: int = 0  # captures whose first replay was compared with an eager step
+    worst: float = 0.0  # of those, the largest relative distance
+    replays: int = 0
+    tokens: int = 0  # that replays gave: one a sequence
+    grouped_calls: int = 0  # calls in which experts kept grouped_mm while decoding
+    reasons: dict[str, int] = field(default_factory=dict)  # calls, or the rest of them, that ran eagerly
+    details: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"cuda_graph: {self.captures} captured, {self.replays} replays, {self.tokens} tokens; "
+            f"{self.compared} of {self.captures} first replays were compared with an eager step (distance "
+            f"{self.worst:.1e})"
+        ]
+        if self.grouped_calls:
+            lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
+        for reason, count in sorted(self.reasons.items()):
+            detail = f" ({self.details[reason]})" if reason in self.details else ""
+            lines.append(f"cuda_graph: eager: {reason}: {count}{detail}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Status:
     """The state of every gated DeltaNet layer that was looked at; `str()` is a table."""
 
     layers: tuple[LayerStatus, ...]
     notes: tuple[str, ...] = ()
+    graphs: GraphStatus | None = None  # None where no model with `cuda_graph=True` has generated
 
     @property
     def fast_steps(self) -> int:
@@ -120,6 +154,7 @@ class Status:
         if self.split_steps:
             notes.insert(0, f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
+        notes += [] if self.graphs is None else [str(self.graphs)]
         notes += dict.fromkeys([*long, *self.notes])
         if any(layer.covered and layer.fallbacks and not layer.fast_steps for layer in self.layers):
             notes.append(COUNTING)

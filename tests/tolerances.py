@@ -7,6 +7,9 @@ from torch import Tensor
 
 # The op computes in float32 over at most a few hundred terms a sum; float32 has 24 bits.
 FLOAT32 = 2e-6
+# A float32 model's hidden states after some tens of steps, in which attention adds up in another order: over a static
+# cache it adds the zeros of places that are masked.
+DRIFT = 2e-5
 # A gate's exponential amplifies float32 rounding of its argument: |a| up to 100 loses log2(100) bits more.
 FLOAT32_EXTREME_GATES = 2e-5
 # One rounding to 16 bits at the end costs a number 2^-8 (bf16) or 2^-11 (fp16) at most, and less than half of that in

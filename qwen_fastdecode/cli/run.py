@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--backend triton: triton is not installed")
     name, *arguments = args.program
     report = Report()
-    refused = patch_imports(args.backend, strict=args.strict, keep=args.report, report=report)
+    refused = patch_imports(
+        args.backend, strict=args.strict, keep=args.report, cuda_graph=args.cuda_graph, report=report
+    )
     if args.report:
         report.at_exit()
     try:
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report) -> list[PatchError]:
+def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool, report: Report) -> list[PatchError]:
     """Has every supported family patched as soon as the program has imported it, and not earlier.
 
     Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
@@ -73,7 +75,7 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report) -> 
         from ..layer.everything import patch_imported  # imports torch, which now is there
 
         try:
-            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep)
+            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
         except PatchError as error:
             if str(error) not in map(str, refused):
                 print(f"qwen-fastdecode run: {' '.join(str(error).split())}", file=sys.stderr)
@@ -81,6 +83,10 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report) -> 
             # Transformers would turn an Exception into a ModuleNotFoundError.
             raise SystemExit(int(Exit.BAD_INPUT)) from error
         report.refused += refusals(module.__name__)
+        if cuda_graph:
+            from .. import graph
+
+            graph.refresh()
 
     install.on_import("transformers", families)
     return refused

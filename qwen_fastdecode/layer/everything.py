@@ -45,6 +45,11 @@ def is_on() -> bool:
     return bool(_on)
 
 
+def current_settings() -> Settings | None:
+    """What the one that counts was asked for; None where none is on."""
+    return _on[-1].settings if _on else None
+
+
 def kept_plans() -> list[Plan] | None:
     """Every plan that was made, where they are kept."""
     return _on[-1].kept if _on else None
@@ -83,13 +88,15 @@ def patch_everything(everything: Everything, *, lasting: bool) -> PatchReport:
     return PatchReport(tuple(describe(layer, everything=True) for layer in layers), tuple(notes))
 
 
-def patch_imported(module: str, *, backend: str, strict: bool, keep: bool) -> None:
+def patch_imported(module: str, *, backend: str, strict: bool, keep: bool, cuda_graph: bool = False) -> None:
     """As `patch()`, for the classes of one module that was just imported: `qwen-fastdecode run` calls it.
 
     With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
     """
     with lock:
-        everything = Everything(Settings(backend), strict, kept_plans() or ([] if keep else None))
+        everything = Everything(
+            Settings(backend, cuda_graph=cuda_graph), strict, kept_plans() or ([] if keep else None)
+        )
         _check_default_device(everything)
         for upstream in upstream_classes(import_missing=False):
             if upstream.layer_class.__module__ == module:

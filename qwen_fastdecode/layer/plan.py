@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     backend: str = "auto"
     state_dtype: torch.dtype | None = None
     head_parallel: str = "auto"
+    cuda_graph: bool = False
 
 
 DEFAULT = Settings()

@@ -1,0 +1,339 @@
+"""`cuda_graph=True` beside eager decoding and Transformers' own compilation, on random-weight models of real shapes.
+
+Each section is checked before it is timed, and written as soon as it is there. Sides alternate where they can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+import qwen_fastdecode
+from benchmarks.checks.gpu_report import write_section
+from benchmarks.models.gpu_models import ModelShape, build, dense, experts
+from benchmarks.op.gpu_layers import release_memory
+from qwen_fastdecode import graph
+from qwen_fastdecode.cli.compare.generation import Batch, generate
+from qwen_fastdecode.graph.call import Call
+from qwen_fastdecode.graph.capture import Graph, Pool, copied
+from qwen_fastdecode.graph.fingerprint import Fingerprint
+
+PROMPT, NEW_TOKENS, SHORT, HUNDRED = 16, 48, 32, 100
+FLOAT32_STEPS, BITS_STEPS = 512, 64
+
+Row = dict[str, Any]
+Enter = Callable[[], AbstractContextManager[Any]]
+
+
+@contextmanager
+def eager_patched(model: Any) -> Iterator[None]:
+    with qwen_fastdecode.patched(model):
+        yield
+
+
+@contextmanager
+def captured(model: Any) -> Iterator[None]:
+    """Raises AssertionError where calls were not captured."""
+    with qwen_fastdecode.patched(model, cuda_graph=True):
+        yield
+        found = graph.describe(model)
+        print(found, flush=True)
+        assert found.replays or model.device.type != "cuda", f"nothing was replayed: {found}"
+
+
+@contextmanager
+def fixed_addresses(model: Any) -> Iterator[None]:
+    """As `captured`, with the eager step in the place of every capture: the same cache, and no graph."""
+    kept = Call._captured
+    Call._captured = lambda self, inputs: self._first(inputs)  # type: ignore[method-assign]
+    try:
+        with qwen_fastdecode.patched(model, cuda_graph=True):
+            yield
+    finally:
+        Call._captured = kept  # type: ignore[method-assign]
+
+
+@contextmanager
+def compiled(model: Any, *, patch: bool) -> Iterator[None]:
+    """Transformers' own: a static cache, and torch.compile with CUDA graphs."""
+    torch._dynamo.reset()
+    model.generation_config.cache_implementation = "static"
+    try:
+        with qwen_fastdecode.patched(model) if patch else nullcontext():
+            yield
+    finally:
+        model.generation_config.cache_implementation = None
+        for name in ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length"):
+            vars(model).pop(name, None)
+        torch._dynamo.reset()
+
+
+SIDES: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
+    "eager": lambda model: nullcontext(),
+    "patched": eager_patched,
+    "cuda_graph": captured,
+}
+COMPILED = {"compiled": partial(compiled, patch=False), "patched, compiled": partial(compiled, patch=True)}
+
+
+def prompts(model: Any, batch: int, length: int = PROMPT) -> Batch:
+    torch.manual_seed(1)
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, length), device=model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def same_tokens(shapes: list[ModelShape], device: torch.device, steps: int) -> Iterator[Row]:
+    """float32: the tokens of eager upstream, and of the captured step, over many steps."""
+    for shape in shapes:
+        model = build(shape, device, torch.float32)
+        for batch in (1, 3):
+            inputs = prompts(model, batch)
+            said = {}
+            for name, side in SIDES.items():
+                with side(model):
+                    said[name] = generate(model, inputs, steps).tokens
+            equal = {name: bool(torch.equal(tokens, said["eager"])) for name, tokens in said.items()}
+            yield {"model": shape.name, "batch": batch, "steps": steps, "equal to eager": equal}
+        del model
+        release_memory(device)
+
+
+def same_bits(model: Any, name: str, batch: int, steps: int) -> Row:
+    """bfloat16: logits of replays beside eager steps on the same cache, to the bit."""
+    inputs, found = prompts(model, batch), {}
+    for side, enter in {"captured": captured, "eager": fixed_addresses}.items():
+        with enter(model):
+            out = model.generate(
+                **inputs,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            found[side] = torch.stack(out.logits)
+    equal = [torch.equal(a, b) for a, b in zip(found["captured"], found["eager"], strict=True)]
+    worst = (found["captured"].float() - found["eager"].float()).abs().max().item()
+    return {"model": name, "batch": batch, "steps": steps, "equal to the bit": sum(equal), "largest difference": worst}
+
+
+def noise(model: Any, name: str, batch: int, length: int) -> Row:
+    """How far a first replay is from the eager step, and how far the eager step is from itself, on the same states."""
+    inputs, row = prompts(model, batch, length), {"model": name, "batch": batch, "prompt": length}
+    with captured(model):
+        generate(model, inputs, 12)
+        row["replay from eager"] = graph.describe(model).worst
+    own = Graph.replay
+    Graph.replay = lambda self, inputs: copied(model(**inputs))  # type: ignore[method-assign]
+    try:
+        with captured(model):
+            generate(model, inputs, 12)
+            row["eager from eager"] = graph.describe(model).worst
+    finally:
+        Graph.replay = own  # type: ignore[method-assign]
+    return row
+
+
+def sampled(model: Any, name: str) -> Row:
+    """Sampling with a seed: the same tokens on the same cache."""
+    inputs, said = prompts(model, 4), {}
+    for side, enter in {"captured": captured, "eager": fixed_addresses}.items():
+        with enter(model):
+            torch.manual_seed(3)
+            said[side] = model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=True, top_k=50)
+    return {"model": name, "sampled tokens equal": bool(torch.equal(said["captured"], said["eager"]))}
+
+
+def speeds(model: Any, name: str, batch: int, sides: Any, *, length: int = PROMPT, rounds: int = 2) -> Row:
+    """ms a token on each side, of the best round; and the whole of a short call."""
+    inputs = prompts(model, batch, length)
+    steps: dict[str, list[float]] = {side: [] for side in sides}
+    short: dict[str, list[float]] = {side: [] for side in sides}
+    first: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    for turn in range(rounds + 1):  # the first warms up
+        for side, enter in sides.items():
+            if side in errors or (turn == 0 and side == "eager" and batch > 1):
+                continue
+            try:
+                with enter(model):
+                    run = generate(model, inputs, NEW_TOKENS)
+                    if turn:
+                        steps[side].append(statistics.median(run.step_ms[6:]))
+                        _wait(model)
+                        start = time.perf_counter()
+                        generate(model, inputs, SHORT)
+                        _wait(model)
+                        short[side].append(1e3 * (time.perf_counter() - start))
+                        first[side] = run.prefill_ms
+            except (RuntimeError, AssertionError) as error:
+                errors[side] = f"{type(error).__name__}: {error}"[:300]
+                release_memory(model.device)
+    row: Row = {"model": name, "batch": batch, "prompt": length, "errors": errors}
+    row["ms a token"] = {side: min(found) for side, found in steps.items() if found}
+    row["ms, 32 tokens"] = {side: min(found) for side, found in short.items() if found}
+    row["ms to the first token"] = first
+    return row
+
+
+def hundredth(model: Any, name: str, batch: int) -> Iterator[Row]:
+    """Fresh, as a program begins: seconds to the first and to the hundredth token, and ms a token after."""
+    inputs = prompts(model, batch)
+    for side, enter in {**SIDES, **COMPILED}.items():
+        with enter(model):
+            start = time.perf_counter()
+            run = generate(model, inputs, HUNDRED + 40)
+            hundred = run.prefill_ms + sum(run.step_ms[: HUNDRED - 1])
+            yield {
+                "model": name,
+                "batch": batch,
+                "side": side,
+                "s to the first token": run.prefill_ms / 1e3,
+                "s to the hundredth": hundred / 1e3,
+                "ms a token after": statistics.median(run.step_ms[HUNDRED:]),
+                "s in all": time.perf_counter() - start,
+            }
+
+
+def memory(model: Any, name: str) -> Row:
+    """MiB allocated and reserved before and after ten calls of ten shapes, and after the patch is off."""
+    shapes = [(1, 16), (2, 40), (3, 100), (5, 16), (8, 300), (12, 64), (16, 16), (24, 128), (32, 32), (7, 500)]
+    release_memory(model.device)
+    found = [_memory(model.device)]
+    with captured(model):
+        for batch, length in shapes:
+            generate(model, prompts(model, batch, length), 24)
+            torch.cuda.empty_cache()
+            found.append(_memory(model.device))
+    release_memory(model.device)
+    return {"model": name, "shapes": shapes, "allocated, reserved MiB": found, "unpatched": _memory(model.device)}
+
+
+def _memory(device: torch.device) -> tuple[float, float]:
+    return torch.cuda.memory_allocated(device) / 2**20, torch.cuda.memory_reserved(device) / 2**20
+
+
+def failures(device: torch.device) -> Row:
+    """A capture that fails leaves the stream and the allocator as they were."""
+    pool, x, found = Pool(device), torch.ones(1 << 20, device=device), {}
+
+    def reads_host(x: torch.Tensor) -> Any:
+        return x.sum().item()
+
+    def runs_out(x: torch.Tensor) -> Any:
+        return [torch.empty(1 << 34, device=device) for _ in range(64)]
+
+    def adds(x: torch.Tensor) -> Any:
+        return (x * 2).sum()
+
+    def waits(x: torch.Tensor) -> Any:
+        torch.cuda.synchronize()  # nothing that PyTorch could have warned of: CUDA refuses the capture
+        return x.sum()
+
+    before = _memory(device)
+    for step in (reads_host, runs_out, adds, reads_host, adds, waits, adds, waits, adds):
+        print(step.__name__, flush=True)
+        try:
+            one = Graph(pool, step, {"x": x})
+            found[f"{len(found)} {step.__name__}"] = float(one.replay({"x": x * len(found)}))
+            one.close()
+        except RuntimeError as error:
+            found[f"{len(found)} {step.__name__}"] = f"{type(error).__name__}: {error}"[:120]
+    del one
+    found["sampled after"] = torch.multinomial(torch.ones(8, device=device), 2).shape[0]
+    y = torch.ones(1 << 24, device=device)  # the allocator serves, and takes back
+    value = float(y.sum())
+    del y
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {"steps": found, "value": value, "memory before, after": (before, _memory(device))}
+
+
+def host(model: Any, name: str) -> Row:
+    """Microseconds of what is asked before each replay."""
+    with qwen_fastdecode.patched(model):
+        fingerprint = Fingerprint(model)
+        return {"model": name, "fingerprint us": 1e6 * min(timeit.repeat(fingerprint.holds, number=50, repeat=5)) / 50}
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
+    parser.add_argument(
+        "--sections", default="failures,tokens,dense,experts,long,compiled", help="which, separated by commas"
+    )
+    parser.add_argument("--name", default="graph", help="of the JSON")
+    arguments = parser.parse_args()
+    tiny = arguments.dry_run
+    device = torch.device("cpu" if tiny else "cuda")
+    rows: list[Row] = []
+    begun = time.perf_counter()
+
+    def note(row: Row) -> None:
+        rows.append({**row, "at s": round(time.perf_counter() - begun, 1)})
+        print(rows[-1], flush=True)
+        write_section(arguments.out, arguments.name, rows)
+
+    wanted = arguments.sections.split(",")
+    with torch.no_grad():
+        if "failures" in wanted:
+            note(failures(device))
+        if "tokens" in wanted:
+            for row in same_tokens([dense(4, tiny), experts(4, tiny)], device, 24 if tiny else FLOAT32_STEPS):
+                note(row)
+        if {"dense", "long", "compiled"} & {*wanted}:
+            _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 8, 32, 128), device, wanted, note)
+        if "experts" in wanted:
+            _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 8, 32), device, ["experts"], note)
+    return 1 if any(row.get("errors") for row in rows) else 0
+
+
+def _run(shape: ModelShape, batches: tuple[int, ...], device: torch.device, wanted: Any, note: Any) -> None:
+    model, name, tiny = build(shape, device, torch.bfloat16), shape.name, device.type == "cpu"
+    if {"dense", "experts"} & {*wanted}:
+        note(host(model, name))
+        for batch in (1, batches[-1]):
+            note(same_bits(model, name, batch, BITS_STEPS))
+        note(sampled(model, name))
+        for batch in batches:
+            note(speeds(model, name, batch, SIDES))
+        if not tiny:
+            note(memory(model, name))
+            for batch, length in ((1, 300), (8, 300), (8, 310)):
+                note(noise(model, name, batch, length))
+    if "long" in wanted:
+        for batch, length in ((1, 100), (2, 40)) if tiny else ((1, 4096), (1, 32768), (8, 8192), (32, 2048)):
+            note(
+                speeds(
+                    model,
+                    name,
+                    batch,
+                    {side: SIDES[side] for side in ("patched", "cuda_graph")},
+                    length=length,
+                    rounds=1,
+                )
+            )
+    if "compiled" in wanted:
+        for row in hundredth(model, name, 1):
+            note(row)
+    del model
+    release_memory(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

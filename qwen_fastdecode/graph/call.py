@@ -1,0 +1,305 @@
+"""One call of `generate`: its prompt as ever, one eager step, then a capture, and replays.
+
+    prompt            upstream's own, on its DynamicCache; then the cache is given fixed addresses
+    first step        eager: whatever compiles, tunes or allocates at a first use does it here
+    second step       captured, replayed once and compared with an eager step from the same states, which is what counts
+    the others        replayed, as long as nothing has changed that the graph depends on
+    layers are full   they grow, and the next two steps are a first and a second one again
+
+What cannot go on like this gets its cache back as a DynamicCache and continues eagerly, for a reason with a name. A
+graph lives no longer than its call.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layer.plan import plan_of
+from ..switch import switched_off
+from . import eligible
+from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
+from .capture import Graph, tensors_in, wait
+from .fingerprint import Fingerprint, PythonState, switches
+from .reasons import Eager
+from .state import GIVE_UP_AFTER, State
+from .tally import Tally
+
+MOST_CAPTURES = 24  # of one call: a cache that grows to a million positions has needed 19
+GROUPED_FROM = 8  # sequences from which grouped_mm beats batched_mm (H100, Qwen3-Next: 4.4 against 6.6 ms a token)
+# How far a replay may be from the eager step on the same states, by the model's dtype. The same kernels on the same
+# numbers: 0, but for kernels that add up in no fixed order, whose last bit the layers above make more of.
+DISTANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+class Call:
+    """What `generate` steps through while it samples."""
+
+    def __init__(self, state: State, model: Any, given: dict[str, Any]):
+        self.reason: Eager | None = None  # why the steps are eager
+        self._state = state
+        self._model = model
+        self._batch = given["input_ids"].shape[0]
+        self._offer = state.take_offer()
+        self._watched = any(map(_is_foreign, (*given["logits_processor"], *given["stopping_criteria"])))
+        self._growing: GrowingCache | None = None
+        self._graph: Graph | None = None
+        self._tally: Tally | None = None
+        self._warm = False
+        self._captures = 0
+        self._eager_ms = 0.0
+        self.keeps_grouped = _keeps_grouped(model, self._batch)
+        state.add(grouped_calls=int(self.keeps_grouped))
+        reason = self._refusal(given)
+        if reason is not None:
+            self._is_eager(reason)
+
+    @property
+    def eager(self) -> bool:
+        """Whether the steps are upstream's own."""
+        return self.reason is not None
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `generate` may begin a step before it knows that the last one was not the end: at the end of a text
+        one step is made in vain. Not where somebody else's code looks at every step."""
+        return self._growing is not None and not self._watched
+
+    def begin(self, outputs: Any) -> Any:
+        """After the prompt's pass: its outputs, with a cache of fixed addresses."""
+        offer = self._offer
+        if self.eager or self._growing is not None or offer is None:
+            return outputs
+        cache = outputs.get(offer.name)
+        if offer.cache is None or cache is not offer.cache() or not reviewed(cache):
+            self._is_eager(Eager.UNKNOWN_CACHE)
+        elif all(plan_of(module) is None for module in self._model.modules()):
+            self._is_eager(Eager.UNPATCHED)
+        elif not fits(cache, offer.limit):
+            self._is_eager(Eager.MEMORY)
+        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:  # type: ignore
+            self._is_eager(Eager.FEW_TOKENS)
+        else:
+            self._layer = next(module for module in self._model.modules() if plan_of(module) is not None)
+            self._growing = GrowingCache(cache, self._model.config.get_text_config(decoder=True), offer.limit)
+            outputs[offer.name] = self._growing.static
+        return outputs
+
+    def step(self, *args: Any, **inputs: Any) -> Any:
+        """What `generate` calls for a token of every sequence, in the place of the model."""
+        if self._growing is None:
+            return self._model(*args, **inputs)
+        reason = self._interrupted()
+        if reason is not None:
+            return self._leave(self._model(**inputs), reason)
+        if self._graph is not None:
+            outputs = self._replayed(inputs)
+            if outputs is not None:
+                return outputs
+        return self._captured(inputs) if self._warm else self._first(inputs)
+
+    def finished(self, result: Any) -> Any:
+        """What `generate` returns: a cache that the caller gets is the DynamicCache that he would have got."""
+        if self._growing is not None and isinstance(result, dict):
+            for name, value in list(result.items()):
+                if value is self._growing.static:
+                    result[name] = self._growing.back()
+        return result
+
+    def close(self) -> None:
+        """The call is over, however it ended."""
+        self._drop()
+        self._growing = None
+
+    def settle(self) -> None:
+        """Brings the layers' counters up to date."""
+        if self._tally is not None:
+            self._tally.settle()
+
+    def _refusal(self, given: dict[str, Any]) -> Eager | None:
+        offer = self._offer
+        if offer is None:
+            return Eager.USER_CACHE
+        if offer.reason is not None:
+            return offer.reason
+        if self._state.failures >= GIVE_UP_AFTER:
+            return Eager.FAILED_BEFORE
+        return eligible.model_reason(self._model, bool(given.get("synced_gpus")))
+
+    def _interrupted(self) -> Eager | None:
+        """What ends replaying at once, whoever did it."""
+        plan = plan_of(self._layer)
+        if plan is None or not plan.settings.cuda_graph:
+            return Eager.UNPATCHED
+        if switched_off():
+            return Eager.SWITCHED_OFF
+        if self._captures >= MOST_CAPTURES:
+            return Eager.CHANGING
+        return None
+
+    def _first(self, inputs: dict[str, Any]) -> Any:
+        """An eager step, timed: what a replay has to beat."""
+        device = self._model.device
+        wait(device)
+        start = time.perf_counter()
+        outputs = self._model(**inputs)
+        wait(device)
+        self._eager_ms = 1e3 * (time.perf_counter() - start)
+        self._warm = True
+        return self._advanced(outputs)
+
+    def _captured(self, inputs: dict[str, Any]) -> Any:
+        """A capture, its first replay, and the eager step that it is compared with."""
+        growing = self._growing
+        assert growing is not None
+        self._captures += 1
+        python, values = PythonState(self._model), growing.python_values()
+        tally = Tally(self._model)
+        try:
+            graph = Graph(self._state.pool(self._model.device), self._model, inputs)
+        except Exception as error:  # whatever a forward may raise: the eager step raises it again if it is not ours
+            python.put_back()
+            tally.recorded()
+            self._state.failures += 1
+            return self._leave(self._model(**inputs), Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
+        self._state.failures = 0
+        self._graph, self._tally = graph, tally
+        tally.recorded()
+        changed = python.put_back()
+        if changed is not None or values != growing.python_values():
+            return self._leave(self._model(**inputs), Eager.SIDE_EFFECT, changed or "the cache")
+        self._state.add(captures=1)
+        self._fingerprint = Fingerprint(self._model), growing.addresses(), switches()
+        outputs, distance = self._compared(graph, inputs)
+        if not distance <= DISTANCE.get(self._model.dtype, 0.0):
+            return self._leave(outputs, Eager.DIFFERS, f"by {distance:.2g}, relatively")
+        self._untimed = True
+        return self._advanced(outputs)
+
+    def _compared(self, graph: Graph, inputs: dict[str, Any]) -> tuple[Any, float]:
+        """The step's outputs, and how far the replay was from the eager step.
+
+        Both start from the same states. The eager one is what counts. Where memory for a copy of the states is short,
+        the replay counts, and is not compared.
+        """
+        growing = self._growing
+        assert growing is not None
+        states = growing.states()
+        if 2 * total_bytes(states) > free_bytes(self._model.device):
+            outputs = graph.replay(inputs)
+            self._replay_counts()
+            return outputs, 0.0
+        saved = [state.clone() for state in states]
+        replayed = graph.replay(inputs)
+        for state, before in zip(states, saved, strict=True):  # the live ones are again what they were
+            after = state.clone()
+            state.copy_(before)
+            before.copy_(after)
+        growing.rewind()
+        outputs = self._model(**inputs)
+        distance = _distance([*tensors_in(replayed), *saved], [*tensors_in(outputs), *states])
+        self._state.add(compared=1)
+        self._state.worst = max(self._state.worst, distance)
+        return outputs, distance
+
+    def _replayed(self, inputs: dict[str, Any]) -> Any | None:
+        """The outputs of a replay; None where something has changed, and the step is still to be made."""
+        graph, growing = self._graph, self._growing
+        assert graph is not None
+        assert growing is not None
+        fingerprint, addresses, chosen = self._fingerprint
+        same = fingerprint.holds() and addresses == growing.addresses() and chosen == switches()
+        if not same or not graph.takes(inputs):
+            self._drop()
+            return None
+        start, timed = time.perf_counter(), self._untimed
+        outputs = graph.replay(inputs)
+        self._replay_counts()
+        if timed:
+            self._untimed = False
+            wait(self._model.device)
+            if not worth_it(self._eager_ms, 1e3 * (time.perf_counter() - start)):
+                return self._leave(outputs, Eager.NOT_FASTER)
+        return self._advanced(outputs)
+
+    def _replay_counts(self) -> None:
+        assert self._tally is not None
+        self._tally.replays += 1
+        self._state.add(replays=1, tokens=self._batch)
+
+    def _advanced(self, outputs: Any) -> Any:
+        """A step is done. Layers that are full grow, which makes a graph of them useless."""
+        growing = self._growing
+        assert growing is not None
+        if growing.fills_up() and not growing.may_grow():
+            return self._leave(outputs, Eager.MEMORY)
+        if growing.advance():
+            self._drop()
+        return outputs
+
+    def _leave(self, outputs: Any, reason: Eager, detail: str = "") -> Any:
+        """A step is done, and those to come are eager, on the cache that `generate` would have had."""
+        growing, offer = self._growing, self._offer
+        assert growing is not None
+        assert offer is not None
+        self._drop()
+        growing.length += 1
+        outputs[offer.name] = growing.back()
+        self._growing = None
+        self._is_eager(reason, detail)
+        return outputs
+
+    def _is_eager(self, reason: Eager, detail: str = "") -> None:
+        self.reason = reason
+        self._state.count(reason, detail)
+        if detail and reason not in _warned.setdefault(self._state, set()):
+            _warned[self._state].add(reason)
+            warnings.warn(
+                f"qwen_fastdecode, cuda_graph=True: decoding goes on eagerly: {reason} ({detail})", stacklevel=2
+            )
+
+    def _drop(self) -> None:
+        """The graph goes; a next one is preceded by an eager step."""
+        if self._graph is not None:
+            self._graph.close()
+        if self._tally is not None:
+            self._tally.settle()
+        self._graph = self._tally = None
+        self._warm = False
+
+
+_warned: weakref.WeakKeyDictionary[State, set[Eager]] = weakref.WeakKeyDictionary()
+
+
+def worth_it(eager_ms: float, replay_ms: float) -> bool:
+    """Whether a replay is faster than the eager step was."""
+    return replay_ms < 0.95 * eager_ms
+
+
+def _keeps_grouped(model: Any, batch: int) -> bool:
+    """Whether upstream's switch of experts from grouped_mm to batched_mm, which it makes for decoding, is left out."""
+    config = model.config.get_text_config(decoder=True)
+    grouped = getattr(config, "_experts_implementation", None) == "grouped_mm"
+    return grouped and batch >= GROUPED_FROM and eligible.device_is_supported(model.device)
+
+
+def _is_foreign(part: Any) -> bool:
+    return not type(part).__module__.startswith(("transformers.", "qwen_fastdecode."))
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative distance of a tensor from the one that was expected; NaN is infinitely far."""
+    norms = []
+    for a, b in zip(found, expected, strict=True):
+        if b.is_floating_point():
+            exact = torch.float64 if b.dtype == torch.float64 else torch.float32
+            norms += [(a.to(exact) - b.to(exact)).norm().double(), b.to(exact).norm().double()]
+    values = torch.stack(norms).tolist()
+    pairs = zip(values[::2], values[1::2], strict=True)
+    own = [0.0 if apart == 0 else apart / max(size, 1e-30) for apart, size in pairs]
+    return max(own) if all(distance < float("inf") for distance in own) else float("inf")

@@ -1,0 +1,100 @@
+"""What must be as it was when a graph was captured, read before every replay, in C loops as far as Python has them.
+
+A graph holds addresses and whatever Python decided while it was recorded. Values that are written in place (weights
+that a trainer syncs) may change; where tensors are, which modules and hooks there are, and which adapters are active
+may not. Compared are addresses; the tensors seen are held, so that nothing new can come to lie where an old one was.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layer.plan import plan_of
+from ..names import PLAN
+
+_GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
+_PLAIN = (bool, int, float, str)
+_ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "use_dora")
+
+
+class Fingerprint:
+    """Of a model: made at a capture, asked before each replay."""
+
+    def __init__(self, model: nn.Module):
+        modules = [*model.modules()]
+        own = [vars(module) for module in modules]
+        self._held = [kept["_parameters"] for kept in own if kept["_parameters"]]
+        self._held += [kept["_buffers"] for kept in own if kept["_buffers"]]
+        self._children = [kept["_modules"] for kept in own if kept["_modules"]]
+        self._hooks = [kept[name] for kept in own for name in ("_forward_pre_hooks", "_forward_hooks")]
+        self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
+        self._own = own
+        self._layers = [(module, plan) for module in modules if (plan := plan_of(module)) is not None]
+        self._adapters = [kept for kept in own if "_disable_adapters" in kept]
+        # Tensors that are plain attributes (the offsets of multimodal positions), which a prompt's pass replaces.
+        self._attributes = [(kept, name) for kept in own for name, value in kept.items() if isinstance(value, Tensor)]
+        self._alive = self._tensors(), [*chain.from_iterable(map(dict.values, self._children))]
+        self._expected = self._read()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        return self._read() == self._expected
+
+    def _tensors(self) -> list[Tensor]:
+        held = [tensor for tensor in chain.from_iterable(map(dict.values, self._held)) if tensor is not None]
+        return held + [kept[name] for kept, name in self._attributes if kept.get(name) is not None]
+
+    def _read(self) -> tuple[Any, ...]:
+        return (
+            [*map(Tensor.data_ptr, self._tensors())],
+            [*map(id, chain.from_iterable(map(dict.values, self._children)))],
+            [*map(tuple, self._hooks)],
+            [kept["training"] for kept in self._own],
+            [kept.get("forward") for kept in self._own],
+            [id(vars(layer).get(PLAN)) for layer, _ in self._layers],
+            [plan.holds_for(layer) for layer, plan in self._layers],
+            [_adapter(kept) for kept in self._adapters],
+        )
+
+
+def _adapter(kept: dict[str, Any]) -> list[str]:
+    """What an adapter layer (peft) decides by at each call."""
+    return [repr(kept[name]) for name in _ADAPTER if name in kept]
+
+
+class PythonState:
+    """The attributes of modules, before a step is recorded: a replay would not change them again."""
+
+    def __init__(self, model: nn.Module):
+        self._before = [(module, dict(vars(module))) for module in model.modules()]
+
+    def put_back(self) -> str | None:
+        """The name of one that has changed, None for none. Numbers and texts are put back, as nothing has run; what
+        else a step leaves on a module, the next eager one leaves anew."""
+        changed = None
+        for module, before in self._before:
+            own = vars(module)
+            for name in {*own, *before}:
+                if own.get(name) is before.get(name):
+                    continue
+                changed = f"{type(module).__qualname__}.{name}"
+                if name in before and isinstance(before[name], _PLAIN):
+                    own[name] = before[name]
+        return changed
+
+
+def switches() -> tuple[Any, ...]:
+    """Settings of PyTorch that kernels are chosen by."""
+    backends = torch.backends.cuda
+    return (
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+        backends.matmul.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )

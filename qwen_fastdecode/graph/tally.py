@@ -1,0 +1,30 @@
+"""Counting what a graph does: a replay calls no Python, and its layer-steps count as fast steps all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layer.plan import plan_of
+
+
+class Tally:
+    """Of one capture: what each layer did in the step that was recorded, and how often it was replayed."""
+
+    def __init__(self, model: Any):
+        self._before = [(plan, plan.fast_steps) for plan in map(plan_of, model.modules()) if plan is not None]
+        self._fast: list[Any] = []
+        self._settled = 0
+        self.replays = 0
+
+    def recorded(self) -> None:
+        """The step was recorded: layers counted it, and nothing has run yet."""
+        for plan, before in self._before:
+            if plan.fast_steps > before:
+                self._fast.append(plan)
+                plan.fast_steps -= 1
+
+    def settle(self) -> None:
+        """Adds to the layers' counters what was replayed since they were last brought up to date."""
+        replays, self._settled = self.replays - self._settled, self.replays
+        for plan in self._fast:
+            plan.fast_steps += replays
