@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import torch
 
@@ -22,6 +23,7 @@ from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
+from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, reader
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKERS = 12
@@ -52,7 +54,7 @@ def _shrink(s: Shape) -> Shape:
     DK, DV = (16, 16) if s.DK == s.DV else (24, 40)
     heads = None if s.heads is None else (s.R, s.R)
     lengths = s.lengths if isinstance(s.lengths, int) else s.lengths[:2]
-    return replace(s, B=2, HK=2, DK=DK, DV=DV, heads=heads, lengths=lengths)
+    return replace(s, B=2, HK=2, DK=DK, DV=DV, heads=heads, lengths=lengths, cropped=min(s.cropped, 5))
 
 
 def _tile_cases() -> Iterator[Case]:
@@ -83,6 +85,7 @@ def _shape_cases() -> Iterator[Case]:
         "misaligned views": Shape(guard=3),
         "misaligned views, grouped": Shape(guard=3, layout="grouped", R=3),
         "channel-last taps": Shape(channel_last=True),
+        "taps cropped out of a longer past": Shape(cropped=5),
         "2 taps": Shape(W=2),
         "3 taps": Shape(W=3),
         "heads of a rank": Shape(heads=(8, 8)),
@@ -105,10 +108,26 @@ def _device_cases() -> Iterator[Case]:
     yield Case("side stream", _runs_on_side_stream, Shape(B=32))
     yield Case("NaN stays in its sequence", _contains_nan, Shape(B=8))
     yield Case("batch 4096, 32 heads: offsets past 2^31", _addresses_large_batch, Shape(B=4096))
+    yield Case("taps whose channels lie 2^18 apart: offsets past 2^31", _equals_reference, Shape(B=1, cropped=2**18))
+    yield Case("projections that return transposed products", _reads_transposed_projections, Shape(B=7))
 
 
 def _equals_reference(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
     return check(random_step(shape, device), partial(decode_triton, tile=tile))
+
+
+def _reads_transposed_projections(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    """qwen3_5's projections, each as (weight @ x^T)^T: their features lie a batch apart."""
+    step, hidden = random_step(shape, device), torch.randn(shape.B, 1, 64, device=device, dtype=shape.dtype)
+    sizes = HeadSizes(shape.HK, shape.HV, shape.DK, shape.DV, shape.W)
+    family = FAMILIES["qwen3_5"]
+    weights = [torch.randn(n, 64, device=device, dtype=shape.dtype) / 8 for n in family.projection_sizes(sizes)]
+    modules = {
+        name: lambda x, weight=weight: (weight @ x[:, 0].T).T.unsqueeze(1)
+        for name, weight in zip(family.projections, weights, strict=True)
+    }
+    tokens = reader(family, sizes)(family.project(SimpleNamespace(**modules), hidden))
+    return check(replace(step, tensors=(*tokens, *step.tensors[6:])), partial(decode_triton, tile=tile))
 
 
 def _is_deterministic(shape: Shape, tile: Tile | None, device: torch.device) -> dict:

@@ -34,6 +34,7 @@ class Shape:
     dtype: torch.dtype = torch.bfloat16
     state_dtype: torch.dtype = torch.float32
     channel_last: bool = False  # conv state as Transformers <= 5.13 leaves it after a long prefill
+    cropped: int = 0  # the conv state is the end of a past that many taps longer
     guard: int = 16  # poisoned elements around each view: 16 keeps 32-byte alignment, 3 breaks it
     gate: str = "silu"
     heads: tuple[int, int] | None = None
@@ -100,7 +101,8 @@ def random_step(s: Shape, device: str | torch.device, seed: int = 0) -> Step:
         return used
 
     q, k, v, z, b, a = _views(s, view)
-    conv_state = view(s.B, s.W, s.C).transpose(1, 2) if s.channel_last else view(s.B, s.C, s.W, axis=1)
+    conv_state = view(s.B, s.W, s.C).transpose(1, 2) if s.channel_last else view(s.B, s.C, s.cropped + s.W, axis=1)
+    conv_state = conv_state[..., -s.W :]
     recurrent_state = view(s.B, s.HV, s.DK, s.DV, dtype=s.state_dtype, scale=0.3, axis=1)
     A_log = torch.empty(s.HV, device=device).uniform_(0.01, 16, generator=generator).log().to(s.dtype)
     weights = (view(s.C, s.W, scale=0.4, axis=0), A_log, view(s.HV), 1 + view(s.DV, scale=0.1))
