@@ -78,8 +78,7 @@ FAMILIES = {
     },
 }
 MODEL_TYPES = {"qwen3_next": "qwen3_next", "qwen3_5": "qwen3_5_text"}
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-CARD = CHECKPOINTS / "card_template.md"
+CARD = Path(__file__).parent / "checkpoints" / "card_template.md"
 
 
 def read_corpus() -> tuple[str, str]:
@@ -276,11 +275,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=list(FAMILIES), required=True)
     parser.add_argument("--steps", type=positive, default=STEPS, help="training steps (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="output folder (default: the checkpoint that ships with the project)")
+    parser.add_argument("--out", type=Path, help="output folder (default: build/FAMILY-tiny, under the current one)")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()  # upstream says at each step that faster kernels could be installed
     transformers.logging.disable_progress_bar()
-    make(options.family, options.steps, options.out or CHECKPOINTS / f"{options.family}-tiny")
+    make(options.family, options.steps, options.out or Path("build") / f"{options.family}-tiny")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from .report import LayerStatus, PatchReport, Status
 
 if TYPE_CHECKING:
     from . import ops
-    from .api import patch, patched, status, unpatch
+    from .api import patch, patched, reset_counters, status, unpatch
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "reset_counters",
     "status",
     "unpatch",
 ]

@@ -1,7 +1,8 @@
-"""patch, unpatch, patched, status: look, check everything, and only then change anything."""
+"""patch, unpatch, patched, status, reset_counters: look, check everything, and only then change anything."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,21 +27,23 @@ from .layer.cover import (
 from .layer.everything import Everything
 from .layer.find import describe, describe_gone, describe_plan, find_layers
 from .layer.plan import Plan, Settings, plan_of
+from .names import Backend, HeadParallel
 from .report import CUDA_GRAPH_HINT, PatchReport, Status
 from .steps.ranks import agreement
 from .steps.split import spoil_caches
 from .switch import switched_off
 
+_log = logging.getLogger("qwen_fastdecode")  # says at level INFO what was patched and undone
 _PATCH = "patch"  # the holder of what `patch` does; each `patched` is a holder of its own
 
 
 def patch(
     model: nn.Module | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
-    head_parallel: str = "auto",
+    head_parallel: HeadParallel = "auto",
     cuda_graph: bool = False,
 ) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
@@ -97,7 +100,9 @@ def _patch_model(model: nn.Module, settings: Settings, strict: bool, holder: Any
     entries = tuple(describe(layer, everything=everything.is_on()) for layer in layers)
     on_gpu = any(layer.module.A_log.is_cuda for layer in layers if isinstance(layer.plan, Plan))
     hint = (CUDA_GRAPH_HINT,) if on_gpu and not settings.cuda_graph else ()
-    return PatchReport(entries, notes_of(layers) + hint)
+    report = PatchReport(entries, notes_of(layers) + hint)
+    _log.info("patched %s: %d of %d layers covered", type(model).__qualname__, report.covered, len(entries))
+    return report
 
 
 def unpatch(model: nn.Module | None = None) -> None:
@@ -120,16 +125,17 @@ def unpatch(model: nn.Module | None = None) -> None:
             everything.exclude(model)
         everything.release_classes()
         graph.refresh()
+    _log.info("unpatched %s: %d layers", "everything" if model is None else type(model).__qualname__, len(touched))
 
 
 @contextmanager
 def patched(
     model: nn.Module | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
     strict: bool = True,
     state_dtype: torch.dtype | None = None,
-    head_parallel: str = "auto",
+    head_parallel: HeadParallel = "auto",
     cuda_graph: bool = False,
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a with block. Yields the report.
@@ -163,6 +169,7 @@ def status(model: nn.Module | None = None) -> Status:
     """How the layers of `model`, or with None all patched layers, have decoded so far."""
     if model is not None:
         check_model(model)
+    switched_off()  # has compiled steps heed the switch as it is now
     with everything.lock:
         if model is not None:
             layers, graphs = find_layers(model), graph.describe(model)
@@ -176,3 +183,17 @@ def status(model: nn.Module | None = None) -> Status:
         notes = ["patch() of everything is on: a layer is listed from its first use."] if everything.is_on() else []
         notes += notes_on({layer_class for _, layer_class in install.touched_layers()})
         return Status(tuple(sorted(entries, key=lambda entry: entry.name)), tuple(notes), graphs)
+
+
+def reset_counters(model: nn.Module | None = None) -> None:
+    """Has the counters of `status` begin anew: of `model`, or, with None, of all patched layers."""
+    if model is not None:
+        check_model(model)
+    with everything.lock:
+        plans = [plan_of(module) for module, _ in touched_layers(model)]
+        if model is None:
+            plans += everything.kept_plans() or ()
+        for plan in plans:
+            if plan is not None:
+                plan.reset_counters()
+        graph.reset_counters(model)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from typing import Any
 
+from .reasons import Reason
+
+PREFILL = Reason.SEVERAL_TOKENS.value
+HEAD = ("layers", "family", "backend", "fast steps", "prefills", "fallbacks", "")
+NUMBER = re.compile(r"\d+(?=\.|\]|$)")  # a layer's, in its name
 COUNTING = (
     "Counters count eager steps and those that cuda_graph=True replays; steps inside torch.compile or somebody else's "
     "CUDA graphs are not counted."
@@ -80,7 +88,7 @@ class Status:
 
     @property
     def fallbacks(self) -> dict[str, int]:
-        """Calls that upstream's forward served, by reason."""
+        """Calls that upstream's forward served, by reason; prefills among them."""
         total: Counter[str] = Counter()
         for layer in self.layers:
             total.update(layer.fallbacks)
@@ -91,25 +99,76 @@ class Status:
         """How many layers are covered."""
         return sum(layer.covered for layer in self.layers)
 
+    @property
+    def prefills(self) -> int:
+        """Of `fallbacks`, the layer-calls of more than one token: prompts, which are upstream's to decode."""
+        return self.fallbacks.get(PREFILL, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON has it."""
+        totals = {name: getattr(self, name) for name in ("covered", "fast_steps", "split_steps", "prefills")}
+        return {
+            **totals,
+            "fallbacks": self.fallbacks,
+            "layers": [asdict(x) for x in self.layers],
+            "notes": [*self.notes],
+            "graphs": None if self.graphs is None else asdict(self.graphs),
+        }
+
     def __str__(self) -> str:
-        lines = [f"qwen_fastdecode: {self.covered} of {len(self.layers)} gated DeltaNet layers covered"]
+        lines = [self._headline]
         if self.layers:
-            rows = [("layer", "family", "backend", "fast steps", "fallbacks", "")]
-            rows += [
-                (x.name, x.family, x.backend, str(x.fast_steps), str(sum(x.fallbacks.values())), _in_a_table(x.reason))
-                for x in self.layers
-            ]
-            widths = [max(len(row[i]) for row in rows) for i in range(5)]
+            rows = [HEAD, *self._rows]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD) - 1)]
             lines += [
-                "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:5], widths, strict=True)), row[5]]).rstrip()
+                "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
                 for row in rows
             ]
+        return "\n".join([*lines, *self._footnotes])
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows]
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in HEAD)
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+        notes = "".join(f"<div>{escape(note)}</div>" for note in self._footnotes)
+        return f"<div><b>{escape(self._headline)}</b></div>{table}{notes}"
+
+    @property
+    def _headline(self) -> str:
+        return f"qwen_fastdecode: {self.covered} of {len(self.layers)} gated DeltaNet layers covered"
+
+    @property
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Layers that are alike in all but their number take one row; its counts are of each of them."""
+        alike: dict[str, list[LayerStatus]] = {}
+        for layer in self.layers:
+            alike.setdefault(repr(replace(layer, name=NUMBER.sub("*", layer.name))), []).append(layer)
+        return [_row(layers) for layers in alike.values()]
+
+    @property
+    def _footnotes(self) -> list[str]:
+        """What is true of these layers, and no more."""
+        others = {reason: count for reason, count in self.fallbacks.items() if reason != PREFILL}
+        notes = [f"fallback: {reason}: {count}" for reason, count in sorted(others.items())]
         if self.split_steps:
-            lines.append(f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
-        lines += [f"fallback: {reason}: {count}" for reason, count in sorted(self.fallbacks.items())]
+            notes.insert(0, f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
-        lines += [] if self.graphs is None else [str(self.graphs)]
-        return "\n".join([*lines, *dict.fromkeys([*long, *self.notes]), COUNTING])
+        notes += dict.fromkeys([*long, *self.notes])
+        if any(layer.covered and layer.fallbacks and not layer.fast_steps for layer in self.layers):
+            notes.append(COUNTING)
+        if self.graphs is not None:
+            notes += str(self.graphs).splitlines()
+        return notes
+
+
+def _row(layers: list[LayerStatus]) -> tuple[str, ...]:
+    first = layers[0]
+    name = first.name if len(layers) == 1 else f"{len(layers)} x {NUMBER.sub('*', first.name)}"
+    prefills = first.fallbacks.get(PREFILL, 0)
+    counts = first.fast_steps, prefills, sum(first.fallbacks.values()) - prefills
+    return name, first.family, first.backend, *map(str, counts), _in_a_table(first.reason)
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,12 @@ def plot(step: Step, layers: int, path: Path) -> None:
                 style: dict[str, Any] = {"marker": "o", "linestyle": "-" if side == "on" else "--"}
                 axis.plot(RANKS, values, label=f"batch {batch}, {side}", **style)
         axis.set(xlabel="ranks", ylabel=f"{label}, a token", xscale="log", xticks=RANKS, xticklabels=RANKS)
-        axis.set_yscale(
-            "linear" if name == "collectives" else "symlog", **({} if name == "collectives" else {"linthresh": 0.01})
-        )
+        if name == "collectives":
+            axis.set_ylim(0, None)
+        else:
+            axis.set_yscale("symlog", linthresh=0.01)  # one rank receives nothing
+            axis.set_ylim(0, 3 * axis.get_ylim()[1])
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -13,26 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..layer import install
-from ..layer.review import Review, State, review
-from ..layer.selftest import dtype_name, self_test
+from ..layer.review import State, review
+from ..layer.selftest import dtype_name
 from ..ops.backends import Backend, select_backend, triton_unavailable
 from ..ops.reference import decode_reference
 from ..ops.step import Recipe, Step
 from ..switch import KILL_SWITCH, switched_off
-from ..upstream.seams import current_sources, foreign_patch, load_seams, toml_lines, unreviewed, upstream_classes
+from ..upstream.seams import current_sources, load_seams, toml_lines, upstream_classes
 from .compare.command import silence_libraries
 from .compare.inputs import require
+from .machine import cpu_name
 from .tune import Heads, random_layer
 
-DESCRIPTION = """\
-Prints the versions that matter, whether each family's code in the installed Transformers was reviewed, which backend
-would serve on which device, and a numeric self-test. Exit code 0: all well; 1: works, with warnings; 2: a family
-cannot be patched, or a result is wrong."""
-
+SCHEMA_VERSION = 1  # of the JSON
 OPTIONAL = ("flash-linear-attention", "causal-conv1d")  # upstream's own faster functions
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "wrapt", *OPTIONAL)
-ABSENT, FAILS_HERE = "not in this release", "reviewed, fails here"  # states of a seam, beside those of `guard`
+ABSENT = "not in this release"  # the state of a seam, beside those of `State`
 CONV, STATE = 6, 7  # places of the two states in the op's arguments
 BATCH, HEADS = 2, Heads(HK=1, R=2, D=128)
 # Largest distance of a step from the float64 reference, relative RMS. float32: a sum has some hundred terms of 2^-24.
@@ -88,25 +87,40 @@ class Diagnosis:
     def exit_code(self) -> int:
         return 2 if self.problems else 1 if self.warnings else 0
 
-
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser(
-        "doctor", help="can this installation be patched, and is it right", description=DESCRIPTION
-    )
-    parser.set_defaults(run=run)
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; docs/compare.md says what is what."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "package_version": __version__,
+            "exit_code": self.exit_code,
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "versions": self.versions,
+            "cpu": cpu_name(),
+            "families": [seam._asdict() for seam in self.seams],
+            "serving": [{**serving._asdict(), "device": str(serving.device)} for serving in self.serving],
+            "numeric": [
+                {**x._asdict(), "device": str(x.device), "dtype": dtype_name(x.dtype), "right": x.right}
+                for x in self.numeric
+            ],
+        }
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises BadInput where a package for the tables is missing."""
-    require("rich")
-    from rich.console import Console
-
-    from .doctor_render import render
-
+    if not args.json:
+        require("rich")
     silence_libraries()
     found = diagnose()
-    render(found, Console())
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return found.exit_code
+    from .doctor_render import render, render_issue
+
+    if args.issue:
+        print(render_issue(found))
+    else:
+        render(found)
     return found.exit_code
 
 
@@ -138,18 +152,9 @@ def _seams() -> Iterator[Seam]:
             continue
         verdict = review(here[family])
         current = current_sources(verdict.upstream, install.original_forward(verdict.upstream.layer_class))
-        entry = unreviewed(verdict.upstream, current) is not None and foreign_patch(current) is None
-        yield Seam(family, *_state(verdict), toml_lines(verdict.upstream, current) if entry else "")
-
-
-def _state(verdict: Review) -> tuple[str, str]:
-    """Also reviewed code takes the self-test here: what it calls may be another implementation on this machine."""
-    if verdict.state is not State.REVIEWED:
-        return verdict.state.value, verdict.detail
-    test = self_test(verdict.upstream, install.original_forward(verdict.upstream.layer_class))
-    if test.failure is None:
-        return verdict.state.value, test.near
-    return FAILS_HERE, f"{verdict.upstream.label} was reviewed, but the self-test failed: {test.failure}"
+        # Code that passed the self-test may be reviewed and added; of any other an entry would bless what is wrong.
+        entry = toml_lines(verdict.upstream, current) if verdict.state is State.VERIFIED else ""
+        yield Seam(family, verdict.state.value, verdict.detail or verdict.near, entry)
 
 
 def _serving(device: torch.device) -> Serving:
@@ -198,7 +203,7 @@ def _judge(found: Diagnosis) -> None:
     for seam in found.seams:
         if seam.state == State.VERIFIED.value:
             found.warnings.append(seam.detail)
-        elif seam.state in (State.REFUSED.value, FAILS_HERE):
+        elif seam.state == State.REFUSED.value:
             found.problems.append(seam.detail)
     if all(seam.state == ABSENT for seam in found.seams):
         found.problems.append("this release of Transformers has none of the supported families")

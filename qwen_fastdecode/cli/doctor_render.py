@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import platform
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -10,20 +13,21 @@ from rich.text import Text
 from .. import __version__
 from ..layer.review import State
 from ..layer.selftest import STEPS, dtype_name
-from .doctor import ABSENT, FAILS_HERE, LIMITS, Diagnosis, Numeric, Seam, Serving
+from .doctor import ABSENT, LIMITS, Diagnosis, Numeric, Seam, Serving
+from .machine import cpu_name
 
 GOOD, DOUBTFUL, BAD, PALE = "green", "yellow", "bold red", "dim"
 STYLES = {
     State.REVIEWED.value: GOOD,
     State.VERIFIED.value: DOUBTFUL,
     State.REFUSED.value: BAD,
-    FAILS_HERE: BAD,
     ABSENT: PALE,
 }
 
 
-def render(found: Diagnosis, console: Console) -> None:
+def render(found: Diagnosis, console: Console | None = None) -> None:
     """The tables, the entries to add, and the verdict: the last thing that a terminal shows."""
+    console = console or Console()
     console.print(Text(f"qwen-fastdecode {__version__}", style="bold"))
     for table in (_versions(found.versions), _seams(found.seams), _serving(found.serving), _numeric(found.numeric)):
         console.print(table)
@@ -33,6 +37,15 @@ def render(found: Diagnosis, console: Console) -> None:
             text = f"Once reviewed, to be added to patches/{seam.family}.toml:\n\n{seam.toml}\n"
             console.print(text, soft_wrap=True, markup=False, highlight=False)
     console.print(_verdict(found))
+
+
+def render_issue(found: Diagnosis) -> str:
+    """The same as a block of Markdown, without colours, wide enough for no line to break."""
+    console = Console(file=io.StringIO(), width=120, no_color=True)
+    render(found, console)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    machine = f"{platform.platform()}, {cpu_name()}"
+    return f"<details><summary>qwen-fastdecode doctor</summary>\n\n```\n{machine}\n{text}\n```\n\n</details>"
 
 
 def _versions(versions: dict[str, str]) -> Table:

@@ -8,7 +8,6 @@ and processes that multiprocessing spawns still look for it.
 from __future__ import annotations
 
 import argparse
-import atexit
 import builtins
 import importlib.util
 import os
@@ -18,14 +17,10 @@ from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoad
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
+from ..errors import PatchError
 from ..layer import install
-from ..names import BACKENDS
-from ..report import Status
-
-DESCRIPTION = """\
-Runs a program as python would, with its own arguments and exit code. Models that it creates decode through the fast
-path. Options of this command go before SCRIPT or -m; everything after it is the program's."""
-NOTHING = "The program imported no model of a supported family."
+from .arguments import Exit
+from .run_report import Report
 
 
 class NotFound(Exception):
@@ -36,33 +31,19 @@ class NotFound(Exception):
         self.exit_code = exit_code
 
 
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser(
-        "run",
-        help="a program that you cannot edit, patched",
-        description=DESCRIPTION,
-        usage="%(prog)s [OPTIONS] (SCRIPT | -m MODULE) [ARGUMENTS ...]",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, parser=parser)
-    add = parser.add_argument
-    add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
-    add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
-    add("--cuda-graph", action="store_true", help="decode steps of generate as one CUDA graph (docs/cuda-graph.md)")
-    add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
-    add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
-    add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the program to its end. What it raises comes through, without this package's frames in the traceback."""
     if not args.program:
         args.parser.error("expected a SCRIPT, or -m and a MODULE")
+    if args.backend == "triton" and importlib.util.find_spec("triton") is None:
+        args.parser.error("--backend triton: triton is not installed")
     name, *arguments = args.program
-    patch_imports(args.backend, strict=args.strict, keep=args.report, cuda_graph=args.cuda_graph)
+    report = Report()
+    refused = patch_imports(
+        args.backend, strict=args.strict, keep=args.report, report=report, cuda_graph=args.cuda_graph
+    )
     if args.report:
-        atexit.register(print_report)
+        report.at_exit()
     try:
         sys.argv = ["-m" if args.module else name, *arguments]
         main, code = load_module(name) if args.module else load_script(name)
@@ -74,11 +55,15 @@ def run(args: argparse.Namespace) -> int:
     except BaseException as error:
         hide_our_frames(error)
         raise
-    return 0
+    return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool) -> None:
-    """Has every supported family patched as soon as the program has imported it, and not earlier."""
+def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool) -> list[PatchError]:
+    """Has every supported family patched as soon as the program has imported it, and not earlier.
+
+    Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
+    """
+    refused: list[PatchError] = []
 
     def families(_: ModuleType) -> None:
         from ..upstream.seams import load_seams  # imports Transformers, which now is there
@@ -89,19 +74,31 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool) -
     def patch(module: ModuleType) -> None:
         from ..layer.everything import patch_imported  # imports torch, which now is there
 
-        patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
+        try:
+            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
+        except PatchError as error:
+            if str(error) not in map(str, refused):
+                print(f"qwen-fastdecode run: {' '.join(str(error).split())}", file=sys.stderr)
+            refused.append(error)
+            # Transformers would turn an Exception into a ModuleNotFoundError.
+            raise SystemExit(int(Exit.BAD_INPUT)) from error
         if cuda_graph:
             from .. import graph
 
             graph.refresh()
+        report.refused += refusals(module.__name__)
 
     install.on_import("transformers", families)
+    return refused
 
 
-def print_report() -> None:
-    """The table of `status()`, without importing what the program did not."""
-    api = sys.modules.get(f"{__package__.rpartition('.')[0]}.api")
-    print(Status((), (NOTHING,)) if api is None else api.status(), file=sys.stderr)
+def refusals(module: str) -> list[str]:
+    """Why classes of an imported module are left to Transformers."""
+    from ..layer.review import review
+    from ..upstream.seams import upstream_classes
+
+    ours = [x for x in upstream_classes(import_missing=False) if x.layer_class.__module__ == module]
+    return [f"{x.label} stays with upstream: {error}." for x in ours if (error := review(x).error) is not None]
 
 
 def load_script(path: str) -> tuple[ModuleType, CodeType]:

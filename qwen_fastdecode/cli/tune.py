@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,17 +166,6 @@ def _median_us(run: Callable[[], object], device: torch.device) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times[2:])
-
-
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser("tune", help="measure the kernel's tiles on this GPU", description=__doc__)
-    parser.set_defaults(run=run)
-    add = parser.add_argument
-    add("--device", metavar="NAME", default="cuda", help="such as cuda:1 (default: cuda)")
-    add("--key-heads", metavar="N", type=int, default=16, help="key heads of a layer (default: 16)")
-    add("--value-heads", metavar="N", type=int, default=32, help="value heads of a layer (default: 32)")
-    add("--head-dim", metavar="N", type=int, default=128, help="size of a head (default: 128)")
 
 
 def run(args: argparse.Namespace) -> int:

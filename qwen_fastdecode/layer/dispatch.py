@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -83,9 +84,9 @@ def _refused_in_graphs(plan: Plan, layer: Any, states: States) -> bool:
     """Of what a backend refuses, that which would otherwise show only when the graph runs."""
     if overlaps(states.conv) or overlaps(states.recurrent):
         return True
-    tensors = (*states, *plan.family.weights(layer))
-    on_triton = plan.strategy.backends.on(states.conv.device).name == "triton"
-    return on_triton and any(x.dtype == torch.float64 for x in tensors)
+    if all(x.dtype != torch.float64 for x in (*states, *plan.family.weights(layer))):
+        return False
+    return plan.strategy.backends.on(states.conv.device).name == "triton"  # (a look-up that Dynamo would guard)
 
 
 def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None:
@@ -94,6 +95,8 @@ def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None
         settle_outside_graphs(its_cache)  # by all ranks at once, as they all come here
     if not torch.compiler.is_dynamo_compiling():  # a counter that is traced recompiles the graph every step
         plan.count_fallback(reason)
+        if reason is Reason.GRAD_ENABLED:
+            _say_that_gradients_cost_the_fast_path()
 
 
 def _after_upstream(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, reason: Reason) -> None:
@@ -115,6 +118,15 @@ def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:
     if dtype is None or dtype == states.recurrent.dtype or torch.compiler.is_compiling():
         return states
     return states._replace(recurrent=convert_recurrent_state(call.cache, layer.layer_idx, dtype))
+
+
+@functools.cache  # once a process
+def _say_that_gradients_cost_the_fast_path() -> None:
+    warnings.warn(
+        "a decode step ran with gradients enabled, so Transformers served it: put a loop by hand under torch.no_grad() "
+        "(generate does it itself). This is said once",
+        stacklevel=4,
+    )
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it

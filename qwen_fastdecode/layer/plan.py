@@ -90,6 +90,11 @@ class Plan:
         with _counting:
             self.fallbacks[reason] += 1
 
+    def reset_counters(self) -> None:
+        with _counting:
+            self.fast_steps = self.split_steps = 0
+            self.fallbacks.clear()
+
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copied or unpickled layer is not patched: its plan is None."""
         return type(None), ()

@@ -27,11 +27,15 @@ class State(enum.Enum):
 
 
 class Review(NamedTuple):
-    """The verdict on one layer class; `detail` says what was not reviewed and what became of it."""
+    """The verdict on one layer class; `detail` says what was not reviewed and what became of it.
+
+    near: the largest distance in the self-test, in words.
+    """
 
     upstream: Upstream
     state: State
     detail: str = ""
+    near: str = ""
 
     @property
     def error(self) -> UnknownUpstream | None:
@@ -39,44 +43,39 @@ class Review(NamedTuple):
         return UnknownUpstream(self.detail) if self.state is State.REFUSED else None
 
 
-# Verdicts of this process, by all functions that were judged. What an accident may have caused (no memory) is not kept.
+# Verdicts of this process, by all functions that were judged. A failed self-test is not kept: it may have been an
+# accident (no memory), and is tried again.
 _verdicts: dict[Any, Review] = {}
 
 
 def review(upstream: Upstream) -> Review:
-    """The verdict on `upstream`; worked out once a process for the same functions."""
+    """The verdict on `upstream`; worked out once a process for the same functions, if they pass."""
     sources = current_sources(upstream, install.original_forward(upstream.layer_class))
     called = {f"{getattr(owner, '__name__', owner)}.{name}": held for owner, name, held in stood_in_for(upstream)}
     judged = (upstream, *sources.items(), *called.items(), *cache_functions().items(), *replaced_functions())
     verdict = _verdicts.get(judged)
     if verdict is None:
-        verdict, lasting = _judge(upstream, sources)
-        if lasting:
+        verdict = _judge(upstream, sources)
+        if verdict.state is not State.REFUSED:
             _verdicts[judged] = verdict
     return verdict
 
 
-def _judge(upstream: Upstream, sources: dict[str, Any]) -> tuple[Review, bool]:
-    """The verdict, and whether it will be the same the next time."""
+def _judge(upstream: Upstream, sources: dict[str, Any]) -> Review:
     foreign = foreign_patch(sources | cache_functions())
     if foreign is None and replaced_functions():
         foreign = f"{replaced_functions()[0]} was replaced after qwen_fastdecode was imported"
     if foreign is not None:
-        return _refused(upstream, f"{upstream.label} cannot be trusted: {foreign}. Undo that patch first"), True
+        return Review(upstream, State.REFUSED, f"{upstream.label} cannot be trusted: {foreign}. Undo that patch first")
     difference = unreviewed(upstream, sources)
-    what = f"{upstream.layer_class.__module__} of Transformers {transformers.__version__}"
-    if difference is not None:
-        what = f"{what} is not a version that was reviewed: {difference}"
+    module = f"{upstream.layer_class.__module__} of Transformers {transformers.__version__}"
+    unknown = f"{module} is not a version that was reviewed: {difference}"
     test = self_test(upstream, sources[f"{upstream.layer_class.__name__}.forward"])
     if test.failure is not None:
+        what = f"{upstream.label} was reviewed, but" if difference is None else f"{unknown}, and"
         remedy = "Upgrade qwen-fastdecode, or install a reviewed release of Transformers"
-        joined = ", and" if difference is not None else " is a version that was reviewed, but here"
-        return _refused(upstream, f"{what}{joined} the self-test failed: {test.failure}. {remedy}"), not test.accident
+        return Review(upstream, State.REFUSED, f"{what} the self-test failed: {test.failure}. {remedy}")
     if difference is None:
-        return Review(upstream, State.REVIEWED), True
+        return Review(upstream, State.REVIEWED, near=test.near)
     proof = f"{STEPS} decode steps give upstream's output and states (relative RMS at most {test.near})"
-    return Review(upstream, State.VERIFIED, f"{what}. It was verified at run time: {proof}"), True
-
-
-def _refused(upstream: Upstream, detail: str) -> Review:
-    return Review(upstream, State.REFUSED, detail)
+    return Review(upstream, State.VERIFIED, f"{unknown}. It was verified at run time: {proof}", test.near)

@@ -52,24 +52,14 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 class SelfTest(NamedTuple):
-    """`failure`: what differs or what is missing, None if the class passed; `near`: the largest distance then.
-
-    `accident`: something could not be run at all, which may be different the next time (no memory, say).
-    """
+    """`failure`: what differs or what is missing, None if the class passed; `near`: the largest distance then."""
 
     failure: str | None
     near: str = ""
-    accident: bool = False
 
 
 class _Failed(Exception):
     """Why the class does not pass; never leaves this module."""
-
-    accident = False
-
-
-class _CouldNotRun(_Failed):
-    accident = True
 
 
 def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
@@ -84,7 +74,7 @@ def self_test(upstream: Upstream, forward: Forward) -> SelfTest:
             with _apart(_device()):
                 distances[dtype] = _compare(upstream, forward, dtype)
     except _Failed as failure:
-        return SelfTest(str(failure), accident=failure.accident)
+        return SelfTest(str(failure))
     return SelfTest(None, ", ".join(f"{distance:.0e} in {dtype_name(dtype)}" for dtype, distance in distances.items()))
 
 
@@ -169,7 +159,7 @@ def _doing(what: str) -> Iterator[None]:
     except _Failed:
         raise
     except Exception as error:
-        raise _CouldNotRun(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise _Failed(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _build(upstream: Upstream, dtype: torch.dtype, random: torch.Generator) -> tuple[nn.Module, Any]:

@@ -45,7 +45,7 @@ class Backends:
 def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernel cannot run on `device`; None when it can."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it is a dependency on Linux only)"
+        return "the package triton is not installed (torch's builds for CUDA and ROCm bring it)"
     from .triton.launch import unavailable_reason
 
     return unavailable_reason(device)

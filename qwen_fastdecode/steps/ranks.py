@@ -45,7 +45,7 @@ def exchange(ranks: Ranks, what: str, message: Any) -> list[Any]:
     answers = [json.loads(store.get(f"{key}{rank}")) for rank in range(ranks.size)]
     for rank, answer in enumerate(answers):
         if isinstance(answer, dict) and "error" in answer:  # it gave up, or failed, before this rank came
-            raise RanksDisagree(f"{what}: it failed on rank {rank} of {ranks.size}: {answer['error']}")
+            raise RanksDisagree(f"{what} failed on rank {rank} of {ranks.size}: {answer['error']}")
     return answers
 
 

@@ -146,12 +146,10 @@ def _keeps_states_plainly(cache: Any, layer_idx: int) -> bool:
     layer: Any = cache.layers[layer_idx]
     if not isinstance(layer, _Layer) or not _has_plain_attributes(type(layer)):
         return False
-    for name, function in _OF_LAYER.items():
-        if getattr(getattr(layer, name), "__func__", None) is not function:
-            return False
-    for name, function in _OF_CACHE.items():  # noqa: SIM110 (Dynamo of torch 2.11 does not trace a generator here)
-        if getattr(getattr(cache, name), "__func__", None) is not function:
-            return False
+    for owner, functions in ((layer, _OF_LAYER), (cache, _OF_CACHE)):
+        for name, function in functions.items():
+            if getattr(type(owner), name) is not function or name in owner.__dict__:
+                return False
     return True
 
 

@@ -67,7 +67,6 @@ def load_seams() -> tuple[Seam, ...]:
     return tuple(seams)
 
 
-@cache
 def _layers() -> dict[tuple[str, str], tuple[str, str | None]]:
     """(module, class) of every layer that was reviewed in some release -> its family, and what its module `needs`."""
     return {(seam.module, seam.layer): (seam.family, seam.needs) for seam in load_seams()}

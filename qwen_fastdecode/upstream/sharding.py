@@ -25,12 +25,18 @@ class Ranks(NamedTuple):
 
 
 def ranks_of(layer: nn.Module, projections: Iterable[str]) -> Ranks | None:
-    """The ranks over which upstream's style shards every one of a layer's projections; None where it does not."""
+    """The ranks over which upstream's style shards a layer's projections; None where it does not.
+
+    An adapter around a projection hides no mark: it calls what it wraps.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    meshes = [_mesh(getattr(layer, name, None)) for name in projections]
+    modules = (module for name in projections for module in getattr(layer, name).modules())
+    meshes = [mesh for mesh in map(_mesh, modules) if mesh is not None]
+    if not meshes or any(mesh != meshes[0] for mesh in meshes):
+        return None
     mesh = meshes[0]
-    if mesh is None or any(other != mesh for other in meshes) or mesh.ndim != 1 or mesh.size() == 1:
+    if mesh.ndim != 1 or mesh.size() == 1:
         return None
     return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 

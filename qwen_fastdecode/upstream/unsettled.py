@@ -10,6 +10,7 @@ What somebody took out of the layer and kept is his snapshot.
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -36,9 +37,7 @@ class Debt(Protocol):
 
 
 class Unsettled:
-    """The mixin of a cache layer's class while it owes."""
-
-    _qwen_fastdecode_settles = True
+    """What a cache layer's class is while it owes, beside itself."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         debt = debt_of(self)
@@ -112,7 +111,7 @@ def _forget(layer: Any) -> None:
     vars(layer).pop(_DEBT, None)
     _owing.pop(id(layer), None)
     if isinstance(layer, Unsettled):
-        layer.__class__ = type(layer).__mro__[2]  # [the subclass, Unsettled, its own class, ...]
+        layer.__class__ = type(layer).__mro__[1]  # after the subclass, its own class
 
 
 @cache
@@ -120,7 +119,9 @@ def _unsettled(own: type) -> type:
     """The subclass of a cache layer's class for the time that it owes."""
     names = {"conv_states": _settling("conv_states"), "recurrent_states": _settling("recurrent_states")}
     called = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (Unsettled, own), {**names, **called, SETTLES: True})
+    # Its own class comes first, as Python asks where an object changes its class: ours are given by name.
+    ours = {name: value for name, value in vars(Unsettled).items() if inspect.isfunction(value)}
+    return type(own.__name__, (own, Unsettled), {**ours, **names, **called, SETTLES: True})
 
 
 def _settling(name: str) -> property:
@@ -144,7 +145,7 @@ def _copy(layer: Any, how: Any) -> Any:
     if kept is None:
         settle(layer, by_reader=True)
         return how(layer)
-    own: Any = type(layer).__mro__[2]
+    own: Any = type(layer).__mro__[1]
     copied = own.__new__(own)
     vars(copied).update((name, how(value)) for name, value in vars(layer).items() if name != _DEBT)
     owe(copied, kept)

@@ -2,54 +2,68 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from rich.console import Console
 
+from qwen_fastdecode.cli.arguments import Exit
 from qwen_fastdecode.cli.compare.generation import Clock, ForcedTokens, Run, encode
 from qwen_fastdecode.cli.compare.layerwise import LayerDistance
 from qwen_fastdecode.cli.compare.memory import StepMark, _cuda_step_bytes, peak_within
 from qwen_fastdecode.cli.compare.parity import (
     MAX_LOGITS,
+    Float32Distance,
     GreedyAgreement,
     LogitsDistance,
     Parity,
     comparable_part,
 )
-from qwen_fastdecode.cli.compare.render import as_json, number, percent, size, verdict
+from qwen_fastdecode.cli.compare.render import as_json, number, percent, quality, sample_panel, size, verdict
 from qwen_fastdecode.cli.compare.result import Comparison, Sample, Service, Setup, Speed
 from qwen_fastdecode.cli.compare.statistics import Spread, ratio_of_medians, step_ratios
 from qwen_fastdecode.cli.compare.upstream import UpstreamKernels
 from qwen_fastdecode.errors import BadInput
+from qwen_fastdecode.reasons import Reason
 
 SAME_TEXT = GreedyAgreement(4, 4, None)
-OTHER_TEXT = GreedyAgreement(4, 3, 7)
+OTHER_TEXT = GreedyAgreement(4, 3, 7, 2)
+PROMPTS = ("one", "two")
+SERVED = Service(9, {})
+SWITCHED_OFF = Reason.SWITCHED_OFF.value
 
 
 def parity(
     dtype: str = "float32",
     layer: float = 0.0,
-    logits: float = 0.0,
+    noise: tuple[float, float] | None = None,
+    float32: Float32Distance | None = None,
     greedy: GreedyAgreement = SAME_TEXT,
     state_dtype: str | None = None,
 ) -> Parity:
-    distance = LogitsDistance(10, 0.0, logits, 0.0, 0.0, 1.0)
-    return Parity(dtype, 4, LayerDistance(layer, "layers.0 output", 9), distance, greedy, state_dtype)
+    logits = LogitsDistance(10, 0.0, 0.5, 0.0, 0.0, 1.0)
+    step = LayerDistance(layer, "layers.0 output", 9, *(noise or (None, None)))
+    return Parity(dtype, step, logits, greedy, float32, "", state_dtype)
 
 
 def run(*step_ms: float) -> Run:
     return Run(1.0, list(step_ms), torch.zeros(2, len(step_ms) + 1, dtype=torch.int64))
 
 
-def comparison(*runs: tuple[Run, Run], kl: float = 0.0) -> Comparison:
+def comparison(
+    *runs: tuple[Run, Run], kl: float = 0.0, service: Service = SERVED, checked: Parity | None = None
+) -> Comparison:
     kernels = UpstreamKernels("PyTorch reference (a.b)", "PyTorch reference (a.c)", "PyTorch reference (a.D)")
-    setup = Setup("m", "qwen3_next", "torch", 4, 3, kernels, "float32", "cpu", 1, 2, 5, 4, len(runs), {"python": "3"})
+    sizes = (1, 2, 5, 4, len(runs))
+    setup = Setup("m", "qwen3_next", "torch", 4, 3, kernels, "float32", "cpu", "a CPU", *sizes, {"python": "3"})
     logits = LogitsDistance(10, 0.0, 0.0, kl, kl, 1.0)
-    speed = Speed.of(runs, (100, 50), Service(9, {})) if runs else None
-    return Comparison(setup, Parity("float32", 4, LayerDistance(), logits, SAME_TEXT), speed, Sample("p", "t", "t"))
+    speed = Speed.of(runs, (100, 50), service) if runs else None
+    checked = checked or Parity("float32", LayerDistance(), logits, SAME_TEXT)
+    return Comparison(setup, checked, speed, Sample("p", "t", "t"))
 
 
 def test_spread_and_ratios() -> None:
@@ -84,28 +98,43 @@ def test_logits_distance_of_known_distributions() -> None:
     assert distance.top1_agreement == 0.5
 
 
-def test_greedy_agreement_over_several_runs() -> None:
+def test_greedy_agreement_counts_prompts_and_not_runs_or_copies() -> None:
     text = torch.tensor([[1, 2, 3], [4, 5, 6]])
     other = torch.tensor([[1, 2, 9], [4, 5, 6]])
     early = torch.tensor([[1, 2, 3], [4, 9, 9]])
-    assert GreedyAgreement.between([(text, text)]) == GreedyAgreement(2, 2, None)
-    assert GreedyAgreement.between([(text, text), (text, other), (text, early)]) == GreedyAgreement(6, 4, 1)
+    assert GreedyAgreement.between([(text, text)], PROMPTS) == GreedyAgreement(2, 2, None, None)
+    assert GreedyAgreement.between([(text, text), (text, early)], PROMPTS) == GreedyAgreement(2, 1, 1, 1)
+    assert GreedyAgreement.between([(text, other), (text, early)], PROMPTS) == GreedyAgreement(2, 0, 1, 0)
+    assert GreedyAgreement.between([(text, early)], ("one", "one")) == GreedyAgreement(1, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("result", "reason"),
     [
         (parity(), None),
-        (parity(greedy=OTHER_TEXT), "greedy tokens differ in float32, from new token 7 on"),
+        (parity(greedy=OTHER_TEXT), "greedy texts differ in float32, from new token 7 on"),
         (parity("bfloat16", greedy=OTHER_TEXT), None),
         (parity(greedy=OTHER_TEXT, state_dtype="bfloat16"), None),
-        (parity(greedy=OTHER_TEXT, state_dtype="float32"), "greedy tokens differ in float32, from new token 7 on"),
+        (parity(greedy=OTHER_TEXT, state_dtype="float32"), "greedy texts differ in float32, from new token 7 on"),
         (parity("bfloat16", layer=9.9e-3), None),
-        (parity("bfloat16", layer=1.1e-2), "a layer step (layers.0 output) differs by 1.1e-02"),
-        (parity("bfloat16", layer=math.nan), "a layer step (layers.0 output) differs by nan"),
-        (parity("bfloat16", logits=1.9e-2), None),  # four layers: twice the distance of one
-        (parity("bfloat16", logits=2.1e-2), "logits differ by 2.1e-02 relative RMS, not below 2.0e-02"),
-        (parity("float32", logits=math.nan), "logits differ by nan"),
+        (
+            parity("bfloat16", layer=1.1e-2),
+            "a layer step (layers.0 output) is 1.1e-02 from upstream's, not below 1.0e-02",
+        ),
+        (parity("bfloat16", layer=math.nan), "a layer step (layers.0 output) is nan from"),
+        (parity("float32", layer=9e-5), None),
+        (parity("float32", layer=1.1e-4), "a layer step (layers.0 output) is 1.1e-04 from upstream's, not below 1.0e"),
+        (parity("float32", layer=9e-3, state_dtype="bfloat16"), None),
+        (parity("bfloat16", noise=(3e-3, 3.2e-3)), None),
+        (parity("bfloat16", noise=(3e-3, 3.4e-3)), "layer steps are 3.4e-03 from float32, not within 1.1 times upstre"),
+        (parity("bfloat16", noise=(3e-3, 3.4e-3), state_dtype="bfloat16"), None),
+        (parity("bfloat16", noise=(3e-3, math.nan)), "layer steps are nan from float32"),
+        (parity("bfloat16", float32=Float32Distance(4.8e-2, 4.9e-2, 1, 1)), None),
+        (
+            parity("bfloat16", float32=Float32Distance(1e-2, 2.1e-2, 1, 1)),
+            "logits are 2.1e-02 from float32, not",
+        ),
+        (parity("bfloat16", float32=Float32Distance(1e-2, math.nan, 1, 1)), "logits are nan from float32"),
     ],
 )
 def test_gate(result: Parity, reason: str | None) -> None:
@@ -216,9 +245,49 @@ def test_verdict_claims_only_what_every_repeat_shows() -> None:
     twice, thrice, half = (run(4, 4), run(2, 2)), (run(6, 6), run(2, 2)), (run(2, 2), run(4, 4))
     clear = verdict(comparison(twice, twice, thrice)).plain
     assert clear == "Same text; decodes 2.00x as fast (2.00x to 3.00x in 3 repeats)"
-    for unclear in (comparison(twice, thrice, half), comparison(twice, thrice)):  # a slower one; too few
-        assert "no clear difference in speed" in verdict(unclear).plain
+    assert "no clear difference in speed" in verdict(comparison(twice, thrice, half)).plain
     assert "no speed is reported" in verdict(comparison()).plain
+
+
+def test_every_outcome_has_its_own_headline_and_exit_code() -> None:
+    runs = [(run(4, 4), run(2, 2))] * 3
+    outcomes = {
+        Exit.RIGHT: (comparison(*runs), "Same text; decodes 2.00x as fast"),
+        Exit.WRONG: (comparison(), "The patched model is WRONG here"),
+        Exit.SWITCHED_OFF: (
+            comparison(*runs, service=Service(0, {SWITCHED_OFF: 9})),
+            "Switched off: QWEN_FAST",
+        ),
+        Exit.NOT_SERVED: (comparison(*runs, service=Service(0, {"autocast is on": 9})), "Nothing was served fast"),
+        Exit.TOO_FEW_RUNS: (comparison(runs[0]), "Same text.\nNo word on speed: 1 repeat cannot show a spread"),
+    }
+    for code, (result, headline) in outcomes.items():
+        assert result.exit is code
+        assert verdict(result).plain.startswith(headline)
+        assert ("x as fast" in verdict(result).plain) is (code is Exit.RIGHT)
+    partly = verdict(comparison(*runs, service=Service(1, {"autocast is on": 2}))).plain
+    assert partly.endswith("Only 33.3 % of the decode steps were served fast.")
+
+
+def test_other_texts_are_counted_beside_those_of_float32() -> None:
+    runs = [(run(4, 4), run(2, 2))] * 3
+    checked = parity("bfloat16", greedy=OTHER_TEXT, float32=Float32Distance(1e-2, 1e-2, 2, 1))
+    assert verdict(comparison(*runs, checked=checked)).plain.startswith(
+        "Same quality, other rounding: 3 of 4 texts identical to upstream's, 1 of 4 to float32's (upstream: 2 of 4); "
+        "decodes 2.00x"
+    )
+    assert "Layer steps as right as upstream's, other rounding: 3 of 4" in quality(
+        parity("bfloat16", greedy=OTHER_TEXT)
+    )
+
+
+def test_texts_that_part_are_shown_from_there_on() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(sample_panel(Sample("Once", " upon a time", " upon a hill", " upon a time")))
+    text = console.file.getvalue()
+    assert text.count("upon a") == 1
+    for line in ("Transformers: time", "with the patch: hill", "in float32: as Transformers'"):
+        assert f"... {line}" in text
 
 
 def test_json_has_no_nan() -> None:
@@ -226,5 +295,6 @@ def test_json_has_no_nan() -> None:
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert data["parity"]["logits"]["mean_kl"] is None
     assert data["parity"]["green"] is True
+    assert (data["schema_version"], data["exit_code"], data["outcome"]) == (1, 5, "too few runs")
     assert data["speed"]["ratio"] == {"median": 2.0, "min": 2.0, "max": 2.0}
     assert as_json(comparison())["speed"] is None

@@ -159,7 +159,7 @@ def test_a_program_that_never_imports_transformers_does_not_pay_for_it(tmp_path:
     done = python(*RUN, "--report", "program.py", cwd=tmp_path)
     assert done.stdout == "[]\n"
     assert "0 of 0 gated DeltaNet layers covered" in done.stderr
-    assert "The program imported no model of a supported family." in done.stderr
+    assert "This process imported no model of a supported family." in done.stderr
 
 
 def test_the_package_itself_is_light_and_whole() -> None:
@@ -206,4 +206,7 @@ if __name__ == "__main__":
         print(pool.map(hooked, [0]))
 """
     write(tmp_path / "program.py", source)
-    assert python(*RUN, "program.py", cwd=tmp_path).stdout == f"[{inherited}]\n"
+    done = python(*RUN, "--report", "program.py", cwd=tmp_path)
+    assert done.stdout == f"[{inherited}]\n"
+    assert ("It spawned processes, which are not patched" in done.stderr) is not inherited
+    assert ("Processes that it forked, 1, report for themselves" in done.stderr) is inherited

@@ -27,7 +27,7 @@ from transformers import pipeline
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import qwen_fastdecode as qf
-from qwen_fastdecode import api
+from qwen_fastdecode.layer import everything
 from qwen_fastdecode.upstream import seams
 
 NEW = 12
@@ -47,7 +47,8 @@ print(work(sys.argv[1]))
 def fast_steps(report: str) -> list[int]:
     """Of each layer, from the table on stderr."""
     assert f"{LINEAR} of {LINEAR} gated DeltaNet layers covered" in report, report
-    return [int(count) for count in re.findall(r"GatedDeltaNet\[\d\] +\S+ +torch +(\d+)", report)]
+    rows = re.findall(r"(?:(\d+) x )?\w+GatedDeltaNet\[.\] +\S+ +torch +(\d+)", report)  # equal layers are one row
+    return [int(count) for layers, count in rows for _ in range(int(layers or 1))]
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +68,85 @@ def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_
     assert fast_steps(done.stderr) == [NEW - 1] * LINEAR
 
 
-def test_what_cannot_be_patched_fails_every_import(tmp_path: Path) -> None:
+def said(errors: str) -> list[str]:
+    """The lines on stderr, without those of other packages as they are imported."""
+    return [line for line in errors.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+
+
+def test_what_cannot_be_patched_ends_the_program_in_one_line(tmp_path: Path) -> None:
+    """Also where Transformers would make a ModuleNotFoundError of any other exception."""
+    write(tmp_path / "program.py", "from transformers import Qwen3_5ForCausalLM\nprint('went on')")
+    done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert said(done.stderr) == [
+        "qwen-fastdecode run: backend='triton' cannot run on cpu: Triton needs a CUDA or ROCm device, not 'cpu'. Use "
+        "backend='auto' or 'torch'."
+    ]
+
+
+def test_what_cannot_be_patched_fails_every_import_and_is_said_once(tmp_path: Path) -> None:
     attempts = """
-for attempt in range(2):
+import threading
+def attempt():
     try:
         import transformers.models.qwen3_5.modeling_qwen3_5
-    except RuntimeError as error:
-        print(type(error).__name__, error)
+    except SystemExit as error:
+        print("exit", error.code)
+        raise
+for thread in [threading.Thread(target=attempt) for _ in range(2)]:
+    thread.start()
+    thread.join()
 """
     write(tmp_path / "program.py", attempts)
     done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
-    first, second = done.stdout.splitlines()
-    assert first == second
-    assert first.startswith("BackendUnavailable backend='triton' cannot run on cpu")
+    assert (done.stdout, done.returncode) == ("exit 2\nexit 2\n", 2)  # though no thread's exception ends a program
+    assert len(said(done.stderr)) == 1
+
+
+UNKNOWN = """\
+import pathlib, transformers.models.qwen3_5 as package
+source = pathlib.Path(package.__path__[0], "modeling_qwen3_5.py").read_text()
+pathlib.Path("modeling_qwen3_5.py").write_text(source.replace("beta = b.sigmoid()", "beta = 2 * b.sigmoid()"))
+package.__path__.insert(0, str(pathlib.Path.cwd()))
+from transformers import Qwen3_5ForCausalLM
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_unknown_code_is_named(strict: bool, tmp_path: Path) -> None:
+    write(tmp_path / "program.py", UNKNOWN)
+    options = [] if strict else ["--no-strict"]
+    done = python(*RUN, *options, "--report", "program.py", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == (("", 2) if strict else ("went on\n", 0)), done.stderr
+    assert "Qwen3_5GatedDeltaNet" in done.stderr
+    assert any("stays with upstream" in line for line in done.stderr.splitlines()[-3:]) is not strict
+
+
+FORKING = """\
+import multiprocessing, os, sys
+from transformers import AutoModelForCausalLM
+import torch
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+def work(_):
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=4, min_new_tokens=4)
+    return os.getpid()
+work(0)
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(*pool.map(work, [0, 1]))
+    pool.close()
+    pool.join()
+"""
+
+
+def test_forked_processes_report_for_themselves(tmp_path: Path) -> None:
+    write(tmp_path / "program.py", FORKING)
+    done = python(*RUN, "--report", "program.py", TINY, cwd=tmp_path)
+    child = done.stdout.split()[0]
+    line = f"forked process {child}: {2 * 3 * LINEAR} fast steps; more than one token: {2 * LINEAR}"
+    assert line in done.stderr, done.stderr
+    assert fast_steps(done.stderr) == [3] * LINEAR  # this process's own
 
 
 @contextmanager
@@ -148,7 +215,7 @@ def test_transformers_serve_answers_the_same_and_fast(tmp_path: Path) -> None:
 
 def imported(**options: Any) -> None:
     """What the hook on an import does."""
-    api.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
+    everything.patch_imported(modeling_qwen3_5.__name__, **{"backend": "auto", "strict": True, "keep": False} | options)
 
 
 def test_only_classes_of_the_imported_module_are_patched() -> None:
@@ -178,7 +245,7 @@ def test_a_module_that_another_thread_imports_is_not_waited_for(
     """That thread may be about to patch it, and wait for us."""
     write(tmp_path / "slow_model.py", SLOW)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(seams, "load_seams", lambda: (seams.Seam("slow", "slow_model", "SlowGatedDeltaNet", "", {}),))
+    monkeypatch.setattr(seams, "_layers", lambda: {("slow_model", "SlowGatedDeltaNet"): ("slow", None)})
     importing = threading.Thread(target=importlib.import_module, args=("slow_model",))
     importing.start()
     while not hasattr(sys.modules.get("slow_model"), "go_on"):

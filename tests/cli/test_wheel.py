@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -32,7 +33,8 @@ print(report.covered, qwen_fastdecode.status(model).fast_steps)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    result = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the source tree, perhaps
+    result = subprocess.run([*map(str, command)], cwd=cwd, env=clean, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -50,6 +52,7 @@ def test_the_wheel_carries_the_seams(wheel: Path) -> None:
     for data in ROOT.glob("patches/*.toml"):
         assert f"qwen_fastdecode/patches/{data.name}" in names
     assert "qwen_fastdecode/ops/triton/tiles.toml" in names
+    assert "qwen_fastdecode/py.typed" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"qwen_fastdecode"}
 
 

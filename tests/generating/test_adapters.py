@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bitsandbytes
 import pytest
 import torch
-from models import CHECKPOINTS, LINEAR, TRAINED, generate, linear_layers, load, prompt
+from models import FAMILIES, LINEAR, TRAINED, build, generate, linear_layers, load, prompt
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torchao.core.config import AOBaseConfig
@@ -81,19 +83,33 @@ LOADED = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     ),
 }
+# On CPUs with avx512_bf16, bitsandbytes packs weights of 4 bits in blocks of 32 outputs and 64 inputs, and refuses
+# others, the gate of a shared expert with its one output among them. So every layer is dense here, and 32 is the least
+# number of value heads: b and a have one output each.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "head_dim": 32,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+DENSE = {"qwen3_next": {"mlp_only_layers": [*range(LINEAR + 1)]}, "qwen3_5": {}}
 
 
-@pytest.mark.parametrize("checkpoint", TRAINED)
+@pytest.mark.parametrize("family", [family for family in DENSE if family in FAMILIES])
 @pytest.mark.parametrize("kind", LOADED)
-def test_a_checkpoint_loaded_in_few_bits(checkpoint: str, kind: str) -> None:
+def test_a_checkpoint_loaded_in_few_bits(family: str, kind: str, tmp_path: Path) -> None:
+    build(family, **SIZES, **DENSE[family]).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(
-        CHECKPOINTS / checkpoint, dtype=torch.float32, quantization_config=LOADED[kind], device_map={"": "cpu"}
+        tmp_path, dtype=torch.float32, quantization_config=LOADED[kind], device_map={"": "cpu"}
     ).eval()
     projections = [part for part in linear_layers(model)[0].children() if isinstance(part, nn.Linear)]
     assert len(projections) > 2
     assert all(isinstance(part, getattr(bitsandbytes.nn, kind)) for part in projections)
-    expected = say(model, checkpoint)
+    expected = generate(model, NEW)
     qf.patch(model)
-    assert say(model, checkpoint) == expected
+    assert torch.equal(generate(model, NEW), expected)
     assert qf.status(model).fast_steps == STEPS
     assert qf.status(model).fallbacks == {"more than one token": LINEAR}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -54,30 +55,41 @@ def _cell(found: re.Match[str], features: list[str]) -> tuple[str, str]:
 
 
 def render(results: list[Result], features: list[str], families: list[str], how: str) -> str:
-    """The document: one table a family, a row a release, a column a feature, and upstream's own words below."""
+    """The document: one table a family, a row a range of releases that are alike, and upstream's own words below."""
     notes: dict[str, int] = {}
     columns = [*features, "patch and unpatch"]
     lines = [
         "# Compatibility",
         "",
         f"Written by `{how}`; do not edit. Each cell is a test of `tests/matrix/test_release.py`: CPU, float32.",
+        "A row is a range of releases that are alike; the last of every minor version was run.",
         "",
         "- ok: the patched model says what the unpatched one says, and every decode step was served fast (counted).",
         "- upstream [n]: the unpatched model raises, and the patched one raises the same; the words are below.",
-        "- -: this release of Transformers does not have the family, or not in the form that is supported.",
+        "- -: these releases of Transformers do not have the family, or not in the form that is supported.",
         "",
     ]
     for family in families:
         lines += [f"## {family}", "", f"| Transformers | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for result in results:
-            cells = [_show(result.cells.get((family, column)), result, notes) for column in columns]
-            lines.append(f"| {result.release} | " + " | ".join(cells) + " |")
+        rows = [
+            (result.release, [_show(result.cells.get((family, column)), result, notes) for column in columns])
+            for result in results
+        ]
+        for cells, alike in itertools.groupby(rows, key=lambda row: row[1]):
+            lines.append(f"| {_range([release for release, _ in alike])} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += ["## All tests that were run", "", "| Transformers | passed | failed |", "|---|---|---|"]
-    lines += [f"| {x.release} | {x.passed} | {len(x.failed)}{'; ' + x.trouble if x.trouble else ''} |" for x in results]
+    counts = [(x.release, f"{x.passed} | {len(x.failed)}{'; ' + x.trouble if x.trouble else ''}") for x in results]
+    for count, same in itertools.groupby(counts, key=lambda row: row[1]):
+        releases = [release for release, _ in same]
+        lines.append(f"| {_range(releases)} | {count}{' each' if len(releases) > 1 else ''} |")
     lines += ["", "## What upstream raises", ""]
     lines += [f"{number}. `{text}`" for text, number in notes.items()]
     return "\n".join(lines) + "\n"
+
+
+def _range(releases: list[str]) -> str:
+    return releases[0] if len(releases) == 1 else f"{releases[0]} to {releases[-1]}"
 
 
 def _show(outcome: str | None, result: Result, notes: dict[str, int]) -> str:

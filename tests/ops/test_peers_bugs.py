@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen_fastdecode.ops import gated_delta_decode
 from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.step import Recipe, Step
 
 F16, BF16 = torch.float16, torch.bfloat16
 BACKENDS = ("torch", "triton")
@@ -37,7 +38,9 @@ def expect(case: Case, **changes: Any) -> Result:
     """What the reference makes of it, the recurrent state in float64."""
     copies = case.tensors | {"conv_state": case["conv_state"].clone()}
     copies["recurrent_state"] = case["recurrent_state"].to(torch.float64, copy=True)
-    out = decode_reference(*copies.values(), **case.options() | changes)
+    options = case.options() | changes
+    step = Step.from_tensors([*copies.values()], options.pop("cu_seqlens"))
+    out = decode_reference(step, Recipe(**options))
     return out, copies["conv_state"], copies["recurrent_state"]
 
 

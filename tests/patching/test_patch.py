@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ import qwen_fastdecode as qf
 from qwen_fastdecode.layer import install
 from qwen_fastdecode.layer.plan import plan_of
 from qwen_fastdecode.names import PLAN
-from qwen_fastdecode.report import COUNTING, LayerStatus, Status
+from qwen_fastdecode.report import COUNTING, PREFILL, LayerStatus, Status
 
 NEW = 5  # tokens to generate: the first comes from the prompt's pass, the others from a decode step each
 STEPS = LINEAR * (NEW - 1)
@@ -273,23 +276,37 @@ def test_the_plan_has_what_a_rank_works_on(checkpoint: str) -> None:
 def test_a_status_is_a_table_to_read() -> None:
     long = "its forward was replaced on the instance by some_package.some_module.some_function, which is not upstream's"
     layers = (
-        LayerStatus("model.layers.0.linear_attn", "qwen3_5", "torch", True, "", 12, {"no cache": 1}),
+        LayerStatus("model.layers.0.linear_attn", "qwen3_5", "torch", True, "", 12, {"no cache": 1, PREFILL: 2}),
         LayerStatus("model.layers.1.linear_attn", "qwen3_5", "upstream", False, long),
-        LayerStatus("model.layers.2.linear_attn", "qwen3_5", "upstream", False, long),
-        LayerStatus("model.layers.10.linear_attn", "qwen3_5", "upstream", False, "its conv1d has a bias"),
+        LayerStatus("model.layers.10.linear_attn", "qwen3_5", "upstream", False, long),
+        LayerStatus("model.layers.11.linear_attn", "qwen3_5", "upstream", False, "its conv1d has a bias"),
     )
-    assert str(Status(layers, ("A note.", long))).splitlines() == [
+    status = Status(layers, ("A note.", long))
+    assert str(status).splitlines() == [
         "qwen_fastdecode: 1 of 4 gated DeltaNet layers covered",
-        "layer                        family   backend   fast steps  fallbacks",
-        "model.layers.0.linear_attn   qwen3_5  torch     12          1",
-        "model.layers.1.linear_attn   qwen3_5  upstream  0           0          see below",
-        "model.layers.2.linear_attn   qwen3_5  upstream  0           0          see below",
-        "model.layers.10.linear_attn  qwen3_5  upstream  0           0          its conv1d has a bias",
+        "layers                          family   backend   fast steps  prefills  fallbacks",
+        "model.layers.0.linear_attn      qwen3_5  torch     12          2         1",
+        "2 x model.layers.*.linear_attn  qwen3_5  upstream  0           0         0          see below",
+        "model.layers.11.linear_attn     qwen3_5  upstream  0           0         0          its conv1d has a bias",
         "fallback: no cache: 1",
         long,
         "A note.",
-        COUNTING,
     ]
+    assert (status.prefills, status.fallbacks) == (2, {"no cache": 1, PREFILL: 2})
+    assert json.loads(json.dumps(status.to_dict()))["layers"][0]["fallbacks"] == {"no cache": 1, PREFILL: 2}
+    html = ElementTree.fromstring(f"<div>{status._repr_html_()}</div>")
+    assert [row.find("td").text for row in html.iter("tr") if row.find("td") is not None] == [
+        "model.layers.0.linear_attn",
+        "2 x model.layers.*.linear_attn",
+        "model.layers.11.linear_attn",
+    ]
+
+
+def test_a_status_says_what_is_not_counted_where_that_may_be_so() -> None:
+    layer = LayerStatus("model.layers.0.linear_attn", "qwen3_5", "torch", True)
+    for fast_steps, fallbacks, said in [(0, {}, False), (9, {PREFILL: 1}, False), (0, {PREFILL: 1}, True)]:
+        text = str(Status((replace(layer, fast_steps=fast_steps, fallbacks=fallbacks),)))
+        assert (COUNTING in text) is said
 
 
 def test_a_status_names_the_layers_of_the_model() -> None:

@@ -22,7 +22,7 @@ from tp_scenarios import load_ranks
 
 import qwen_fastdecode as qf
 from qwen_fastdecode.steps import ranks as agreement
-from qwen_fastdecode.upstream.caches import marked_layers
+from qwen_fastdecode.upstream.unsettled import owing_layers
 
 FOUR = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
 Names = tuple[str, ...]
@@ -88,7 +88,7 @@ def _interrupted(model: Any) -> tuple[bool, bool, int]:
         interrupted()
     rank = torch.distributed.get_rank()
     own, other = cache.layers[0].recurrent_states[0].chunk(2, dim=1)[:: 1 - 2 * rank]
-    return not own.isnan().any(), bool(other.isnan().all()), sum(1 for _ in marked_layers())
+    return not own.isnan().any(), bool(other.isnan().all()), sum(1 for _ in owing_layers())
 
 
 def _counts(rank: int, divided: Path, undivided: Path) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _disagreements(rank: int, folder: Path) -> dict[str, str]:
     cache = tp_scenarios.fresh(model)
     tp_scenarios.say(model, cache, tp_scenarios.FIRST)
     tell("one does not unpatch", lambda: qf.unpatch(model) if rank == 0 else None)
-    told["marks left"] = str(sum(1 for _ in marked_layers()))
+    told["marks left"] = str(sum(1 for _ in owing_layers()))
     return told
 
 

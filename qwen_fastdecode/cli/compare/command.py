@@ -7,70 +7,80 @@ import json
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 import transformers
 
-from qwen_fastdecode.names import BACKENDS
-
-from .inputs import DTYPES, check_plot, check_writable, fill_batch, find_device, load_model, read_prompts, require
-from .result import Comparison
-from .run import STATE_DTYPES, Settings, compare, total_runs
-
-DESCRIPTION = """\
-Runs MODEL with and without the patch in one process, alternately, and reports whether both write the same text and how
-fast each decodes. Exit code 0: the text is right; 1: it is not, and no speed is reported; 2: bad input."""
-
-
-def add_parser(subparsers: Any) -> None:
-    """Registers the subcommand."""
-    parser = subparsers.add_parser("compare", help="the same model with and without the patch", description=DESCRIPTION)
-    parser.set_defaults(run=run)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder with a checkpoint, or its name on the Hugging Face Hub")
-    add("--prompt", metavar="TEXT", action="append", default=[], help="may be repeated: decoded together, as one batch")
-    add("--prompts", metavar="FILE", type=Path, help="more prompts, one a line")
-    add("--batch", metavar="N", type=at_least(1), help="sequences; the prompts are repeated (default: one each)")
-    add("--new-tokens", metavar="N", type=at_least(2), default=64, help="tokens to generate in each run (default: 64)")
-    add("--repeat", metavar="N", type=at_least(1), default=5, help="timed runs of each side (default: 5)")
-    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, else bfloat16")
-    add("--device", metavar="NAME", help="such as cpu or cuda:1 (default: a GPU if there is one)")
-    add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
-    add("--state-dtype", choices=STATE_DTYPES, help="of the patched model's recurrent states (default: upstream's)")
-    add("--json", metavar="FILE", type=Path, help="write everything that was measured")
-    add("--plot", metavar="FILE", type=Path, help="draw the latency of every token and the ratios (png, svg, pdf)")
-
-
-def at_least(minimum: int) -> Any:
-    """An argparse type."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
-        return value
-
-    return number
+from ...errors import BadInput
+from ...switch import KILL_SWITCH, switched_off
+from ..arguments import Exit
+from .inputs import (
+    check_batch,
+    check_plot,
+    check_writable,
+    fill_batch,
+    find_device,
+    in_chat,
+    load_model,
+    read_prompts,
+    require,
+)
+from .result import Comparison, SideFailed
+from .run import Settings, compare, told, total_runs
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises BadInput or PatchError where the user has to change something."""
     require("rich", *(["matplotlib"] if args.plot else []))
-    prompts = fill_batch(read_prompts(args.prompt, args.prompts), args.batch)
+    if switched_off():
+        said = os.environ[KILL_SWITCH]
+        print(f"qwen-fastdecode: {KILL_SWITCH}={said} is set: there is nothing to compare", file=sys.stderr)
+        return Exit.SWITCHED_OFF
+    prompts = read_prompts(args.prompt, args.prompts)
+    check_batch(prompts, args.batch)
     if args.json:
         check_writable(args.json)
     if args.plot:
         check_plot(args.plot)
-    device = find_device(args.device)
+    device = find_device(args.device) if args.device_map is None else torch.device("cpu")
+    if args.device_map is not None and args.device is not None:
+        raise BadInput("--device and --device-map exclude each other")
 
     silence_libraries()
-    model, tokenizer = load_model(args.model, args.dtype, device)
     settings = Settings(args.new_tokens, args.repeat, args.backend, args.state_dtype)
-    comparison = compare_with_progress(model, tokenizer, prompts, settings)
-    report(comparison, args.json, args.plot)
-    return 1 if comparison.parity.failures else 0
+    try:
+        with told("loading", False):
+            model, tokenizer = load_model(
+                args.model, args.dtype, device, revision=args.revision, device_map=args.device_map
+            )
+        if args.chat:
+            prompts = in_chat(tokenizer, prompts)
+        prompts = fill_batch(prompts, args.batch)
+        comparison = compare_with_progress(model, tokenizer, prompts, settings)
+    except SideFailed as failure:
+        return report_failure(failure)
+    report(comparison, args.json, args.plot, prompts)
+    return comparison.exit
+
+
+def report_failure(failure: SideFailed) -> int:
+    """What happened, on stderr: of a crash the traceback comes first, so that the headline is what a terminal shows."""
+    cause = failure.__cause__
+    assert cause is not None
+    side = "the patched model" if failure.is_patched else "Transformers"
+    words = next((line for line in str(cause).splitlines() if line.strip()), "")
+    if failure.exit is Exit.OUT_OF_MEMORY:
+        headline = f"out of memory: {side} ({failure.what}): {words} Use a smaller --batch or fewer --new-tokens"
+    else:
+        traceback.print_exception(cause)
+        headline = f"{side} raised {type(cause).__name__} ({failure.what}): {words}"
+    print(f"qwen-fastdecode: {headline}", file=sys.stderr)
+    return failure.exit
 
 
 def silence_libraries() -> None:
@@ -102,7 +112,7 @@ def compare_with_progress(model: Any, tokenizer: Any, prompts: list[str], settin
         return compare(model, tokenizer, prompts, settings, on_run)
 
 
-def report(comparison: Comparison, json_file: Path | None, plot_file: Path | None) -> None:
+def report(comparison: Comparison, json_file: Path | None, plot_file: Path | None, prompts: Sequence[str]) -> None:
     """Prints the table; writes the files that were asked for."""
     from rich.console import Console
 
@@ -112,7 +122,7 @@ def report(comparison: Comparison, json_file: Path | None, plot_file: Path | Non
     plain: dict[str, Any] = {"style": "dim", "soft_wrap": True, "markup": False}  # a path is no markup
     console.print(render(comparison))
     if json_file:
-        json_file.write_text(json.dumps(as_json(comparison), indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(as_json(comparison, sys.argv, prompts), indent=2) + "\n", encoding="utf-8")
         console.print(f"Everything measured: {json_file}", **plain)
     if plot_file and comparison.speed is None:
         print("no plot: it would claim a speed", file=sys.stderr)

@@ -41,14 +41,19 @@ class StepMark(BaseStreamer):
         """Nothing is buffered."""
 
 
-def decode_step_bytes(model: Any, batch: Batch) -> int:
-    """Peak memory of one decode step of `model` after the prompts `batch`, above weights and cache, in bytes."""
+def decode_step_bytes(model: Any, batch: Batch) -> int | None:
+    """Peak memory of one decode step of `model` after the prompts `batch`, above weights and cache, in bytes.
+
+    None on a device whose allocator cannot be asked, or where the model is spread over several.
+    """
 
     def run(begin: Callable[[], None], end: Callable[[], None]) -> None:
         mark = StepMark(begin, end)
         model.generate(**batch, min_new_tokens=4, max_new_tokens=4, do_sample=False, num_beams=1, streamer=mark)
 
     device = batch["input_ids"].device
+    if device.type not in ("cuda", "cpu") or len({parameter.device for parameter in model.parameters()}) > 1:
+        return None
     return _cuda_step_bytes(run, device) if device.type == "cuda" else _cpu_step_bytes(run)
 
 

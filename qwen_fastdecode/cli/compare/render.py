@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .parity import MAX_LAYER_DISTANCE
-from .result import Comparison, Sample, Service, Setup, Speed
+from ... import __version__
+from ..arguments import Exit
+from .parity import Parity, apart
+from .result import MIN_REPEATS, Comparison, Sample, Service, Setup, Speed
 from .statistics import Spread
 
-MIN_REPEATS = 3  # fewer have no spread to speak of
+SCHEMA_VERSION = 1  # of the JSON; counts up when a field is removed or means something else
 
 
 def render(c: Comparison) -> RenderableType:
@@ -34,19 +39,46 @@ def title(s: Setup) -> str:
 
 
 def verdict(c: Comparison) -> Text:
-    """The two answers that people came for."""
+    """The answers that people came for, in one or two lines."""
+    text, style = headline(c)
+    return Text(text, style=style)
+
+
+def headline(c: Comparison) -> tuple[str, str]:
+    """The verdict and its style."""
     if c.speed is None:
         lines = ["The patched model is WRONG here; no speed is reported for a wrong result."]
-        return Text("\n".join([*lines, *(f"  {failure}" for failure in c.parity.failures)]), style="bold red")
-    agreement, ratio = c.parity.greedy, c.speed.ratio
-    text = "Same text" if agreement.identical == agreement.sequences else "Same text but for rounding"
-    repeats = f"({ratio.min:.2f}x to {ratio.max:.2f}x in {counted(c.setup.repeat, 'repeat')})"
-    if c.setup.repeat < MIN_REPEATS or ratio.min <= 1 <= ratio.max:
-        return Text.assemble(
-            (f"{text}; no clear difference in speed", "bold yellow"), f": {ratio.median:.2f}x {repeats}"
-        )
-    style = "bold green" if ratio.median > 1 else "bold yellow"
-    return Text.assemble((f"{text}; decodes {ratio.median:.2f}x as fast", style), f" {repeats}")
+        return "\n".join([*lines, *(f"  {failure}" for failure in c.parity.failures)]), "bold red"
+    if c.exit is Exit.SWITCHED_OFF:
+        return "Switched off: QWEN_FASTDECODE=0 is set, so both sides ran Transformers' own code.", "bold yellow"
+    if c.exit is Exit.NOT_SERVED:
+        why = ", ".join(sorted(c.speed.service.fallbacks)) or "no layer decoded a token"
+        return f"Nothing was served fast: both sides ran Transformers' own code ({why}).", "bold yellow"
+    ratio, text = c.speed.ratio, quality(c.parity)
+    repeats = f"{ratio.min:.2f}x to {ratio.max:.2f}x in {counted(c.setup.repeat, 'repeat')}"
+    share = c.speed.service.fast_share
+    part = "" if share == 1 else f"\nOnly {percent(share)} of the decode steps were served fast."
+    if c.exit is Exit.TOO_FEW_RUNS:
+        few = counted(c.setup.repeat, "repeat")
+        return f"{text}.\nNo word on speed: {few} cannot show a spread (--repeat {MIN_REPEATS} or more).", "bold yellow"
+    if ratio.min <= 1 <= ratio.max:
+        return f"{text}; no clear difference in speed: {ratio.median:.2f}x ({repeats}){part}", "bold yellow"
+    style = "bold green" if ratio.median > 1 and share == 1 else "bold yellow"
+    return f"{text}; decodes {ratio.median:.2f}x as fast ({repeats}){part}", style
+
+
+def quality(parity: Parity) -> str:
+    """Whether the texts are the same, and if not, how often either side's is the one of float32."""
+    agreement, exact = parity.greedy, parity.float32
+    if agreement.first_difference is None:
+        return "Same text"
+    same = f"{agreement.identical} of {counted(agreement.prompts, 'text')} identical to upstream's"
+    if exact is None:
+        return f"Layer steps as right as upstream's, other rounding: {same}"
+    return (
+        f"Same quality, other rounding: {same}, {exact.patched_identical} of {agreement.prompts} to float32's "
+        f"(upstream: {exact.upstream_identical} of {agreement.prompts})"
+    )
 
 
 def speed_table(speed: Speed, sequences: int) -> Table:
@@ -69,19 +101,24 @@ def details(c: Comparison) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column()
-    layer, logits = c.parity.layer_step, c.parity.logits
+    layer, logits, exact = c.parity.layer_step, c.parity.logits, c.parity.float32
     grid.add_row("greedy text", greedy(c))
     grid.add_row(
         "layer steps",
-        f"at most {layer.relative_rms:.1e} relative RMS apart; {MAX_LAYER_DISTANCE:.0e} allowed "
+        f"at most {apart(layer.relative_rms)} from upstream's; {apart(c.parity.max_layer_distance)} allowed "
         f"({layer.steps} compared)",
     )
+    if layer.patched_from_float32 is not None and layer.upstream_from_float32 is not None:
+        grid.add_row("  from float32", noise(layer.patched_from_float32, layer.upstream_from_float32))
     grid.add_row(
         "logits, same text",
-        f"{logits.relative_rms:.1e} relative RMS apart; {c.parity.max_logits_distance:.0e} allowed; "
-        f"{logits.max_abs:.1e} at most, KL {logits.mean_kl:.1e}, "
+        f"{apart(logits.relative_rms)} from upstream's, {apart(logits.max_abs)} at most; KL {apart(logits.mean_kl)}; "
         f"top-1 agreement {percent(logits.top1_agreement)} ({counted(logits.positions, 'position')})",
     )
+    if exact is not None:
+        grid.add_row("  from float32", noise(exact.patched_logits, exact.upstream_logits))
+    elif c.parity.float32_missing:
+        grid.add_row("  from float32", f"not measured: {c.parity.float32_missing}")
     if c.speed is not None:
         grid.add_row("served fast", served(c.speed.service))
     grid.add_row("patched layers", f"{c.setup.gdn_layers} of {c.setup.num_layers}, {c.setup.backend} backend")
@@ -89,18 +126,23 @@ def details(c: Comparison) -> Table:
         grid.add_row("patched states", f"recurrent ones in {c.setup.state_dtype}")
     grid.add_row("upstream ran", c.setup.upstream.summary)
     versions = ", ".join(f"{name} {number}" for name, number in c.setup.versions.items())
-    grid.add_row("environment", f"{versions}; CPU threads: {c.setup.threads}")
+    grid.add_row("environment", f"{versions}; {counted(c.setup.threads, 'thread')} of {c.setup.cpu}")
     return grid
+
+
+def noise(patched: float, upstream: float) -> str:
+    """Distances of both sides from float32: which rounding is nearer."""
+    return f"{apart(patched)}; upstream's own distance is {apart(upstream)}"
 
 
 def greedy(c: Comparison) -> str:
     """How much of the free-running text agrees."""
     agreement = c.parity.greedy
     if agreement.first_difference is None:
-        return f"identical in all {agreement.sequences} generated sequences"
+        return f"identical after {counted(agreement.prompts, 'prompt')}, in every run"
     return (
-        f"identical in {agreement.identical} of {agreement.sequences} generated sequences; "
-        f"the first difference is at new token {agreement.first_difference}"
+        f"identical after {agreement.identical} of {counted(agreement.prompts, 'prompt')}; the first difference is at "
+        f"new token {agreement.first_difference}"
     )
 
 
@@ -112,12 +154,25 @@ def served(service: Service) -> str:
 
 
 def sample_panel(sample: Sample) -> Panel:
-    """What was written."""
+    """What was written; up to where they part, once."""
     text = Text.assemble((sample.prompt, "bold"), sample.upstream)
     if sample.patched == sample.upstream:
         return Panel(text, title="both wrote", title_align="left")
-    text.append("\n\nwith the patch:\n", style="dim")
-    return Panel(text + Text.assemble((sample.prompt, "bold"), sample.patched), title="text", title_align="left")
+    same = common_beginning(sample.upstream, sample.patched)
+    text = Text.assemble((sample.prompt, "bold"), same, ("\n\n... Transformers: ", "dim"), sample.upstream[len(same) :])
+    text.append("\n\n... with the patch: ", style="dim").append(sample.patched[len(same) :], style="not dim")
+    if sample.float32 is not None:
+        theirs = {sample.upstream: "Transformers'", sample.patched: "the patched one"}
+        text.append("\n\n... in float32: ", style="dim")
+        rest = sample.float32.removeprefix(same) if sample.float32.startswith(same) else sample.float32
+        text.append(f"as {theirs[sample.float32]}" if sample.float32 in theirs else rest, style="not dim")
+    return Panel(text, title="the first text that differs", title_align="left")
+
+
+def common_beginning(*texts: str) -> str:
+    """Of several texts, as far as they are the same."""
+    shared = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in shared)
 
 
 def counted(count: int, noun: str) -> str:
@@ -140,8 +195,10 @@ def percent(share: float) -> str:
     return f"{math.floor(1000 * share) / 10:g} %"
 
 
-def size(count: int) -> str:
+def size(count: int | None) -> str:
     """Bytes in a unit of a thousand."""
+    if count is None:
+        return "not measured"
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB"):
         if value >= 1000:
@@ -149,11 +206,21 @@ def size(count: int) -> str:
     return f"{number(value)} {unit}"
 
 
-def as_json(c: Comparison) -> dict[str, Any]:
-    """Everything measured, with what follows from it; NaN and infinity, which JSON has not, become null."""
-    result = asdict(c)
+def as_json(c: Comparison, command: Sequence[str] = (), prompts: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything measured, with what follows from it (docs/compare.md); NaN and infinity become null."""
+    about: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "package_version": __version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command),
+        "prompts": list(prompts),
+        "exit_code": int(c.exit),
+        "outcome": c.exit.name.lower().replace("_", " "),
+        "headline": headline(c)[0],
+    }
+    result = about | asdict(c)
     result["parity"] |= {"green": not c.parity.failures, "failures": c.parity.failures}
-    result["parity"]["max_logits_distance"] = c.parity.max_logits_distance
+    result["parity"]["max_layer_distance"] = c.parity.max_layer_distance
     if c.speed is not None:
         result["speed"] |= {"ratio": asdict(c.speed.ratio), "fast_share": c.speed.service.fast_share}
     return _finite(result)

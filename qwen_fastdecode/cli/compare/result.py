@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ...reasons import Reason
+from ..arguments import Exit
 from .generation import Run
 from .parity import Parity
 from .statistics import Spread, ratio_of_medians, step_ratios
 from .upstream import UpstreamKernels
+
+MIN_REPEATS = 3  # fewer have no spread to speak of
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Setup:
     upstream: UpstreamKernels
     dtype: str
     device: str
+    cpu: str  # its name
     threads: int  # that PyTorch uses on the CPU
     sequences: int
     prompt_tokens: int  # of the longest prompt; shorter ones are padded on the left
@@ -40,11 +45,11 @@ class Side:
     prefill_ms: Spread
     step_ms: Spread
     tokens_per_second: Spread
-    peak_step_bytes: int  # of one decode step, above weights and cache
+    peak_step_bytes: int | None  # of one decode step, above weights and cache; None where it cannot be measured
     step_ms_of_runs: list[list[float]]
 
     @classmethod
-    def of(cls, runs: Sequence[Run], peak_step_bytes: int) -> Side:
+    def of(cls, runs: Sequence[Run], peak_step_bytes: int | None) -> Side:
         """From at least one timed run."""
         return cls(
             prefill_ms=Spread.of([run.prefill_ms for run in runs]),
@@ -86,7 +91,9 @@ class Speed:
     service: Service  # of the timed patched runs, after their prefill
 
     @classmethod
-    def of(cls, runs: Sequence[tuple[Run, Run]], peak_step_bytes: tuple[int, int], service: Service) -> Speed:
+    def of(
+        cls, runs: Sequence[tuple[Run, Run]], peak_step_bytes: tuple[int | None, int | None], service: Service
+    ) -> Speed:
         """From timed (unpatched, patched) runs and both sides' memory."""
         upstream = Side.of([before for before, _ in runs], peak_step_bytes[0])
         patched = Side.of([after for _, after in runs], peak_step_bytes[1])
@@ -102,11 +109,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Sample:
-    """What both sides wrote after one prompt."""
+    """What both sides wrote after one prompt: the first whose texts differ, else the first."""
 
     prompt: str
     upstream: str
     patched: str
+    float32: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,3 +125,21 @@ class Comparison:
     parity: Parity
     speed: Speed | None
     sample: Sample
+
+    @property
+    def exit(self) -> Exit:
+        """What follows from it, as the command's exit code says it."""
+        if self.speed is None:
+            return Exit.WRONG
+        if self.speed.service.fast_steps == 0:
+            switched_off = Reason.SWITCHED_OFF.value in self.speed.service.fallbacks
+            return Exit.SWITCHED_OFF if switched_off else Exit.NOT_SERVED
+        return Exit.TOO_FEW_RUNS if self.setup.repeat < MIN_REPEATS else Exit.RIGHT
+
+
+class SideFailed(Exception):
+    """A side raised, or had no memory left: `exit` says which, the cause is the error."""
+
+    def __init__(self, what: str, is_patched: bool, exit_: Exit):
+        super().__init__(what)
+        self.what, self.is_patched, self.exit = what, is_patched, exit_

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import distributions, version
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import get_max_memory
 from torch import Tensor
 
 import qwen_fastdecode
+from qwen_fastdecode.errors import BadInput, PatchError
+from qwen_fastdecode.names import Backend
 from qwen_fastdecode.report import PatchReport
 from qwen_fastdecode.upstream.families import FAMILIES
 
+from ..arguments import Exit
+from ..machine import cpu_name, device_name, versions
 from .generation import Batch, Clock, Run, encode, forced_logits, generate
-from .layerwise import LayerDistance, LayerwiseCheck
+from .layerwise import LayerDistance, LayerwiseCheck, can_be_widened
 from .memory import decode_step_bytes
-from .parity import GreedyAgreement, LogitsDistance, Parity, comparable_part
-from .result import Comparison, Sample, Service, Setup, Speed
+from .parity import Float32Distance, GreedyAgreement, LogitsDistance, Parity, comparable_part
+from .result import Comparison, Sample, Service, Setup, SideFailed, Speed
 from .upstream import upstream_kernels
 
 T = TypeVar("T")
 
-STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ROOM = 2.0  # times the bytes of the weights in float32: what making that copy, and running it, may take
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,12 @@ class Settings:
 
     new_tokens: int = 64
     repeat: int = 5
-    backend: str = "auto"
+    backend: Backend = "auto"
     state_dtype: str | None = None  # None: upstream's
 
     def patched(self, model: Any) -> AbstractContextManager[PatchReport]:
         """The patched side."""
-        state_dtype = None if self.state_dtype is None else STATE_DTYPES[self.state_dtype]
+        state_dtype = None if self.state_dtype is None else getattr(torch, self.state_dtype)
         return qwen_fastdecode.patched(model, backend=self.backend, state_dtype=state_dtype)
 
 
@@ -51,9 +55,9 @@ class Sides:
         self._on_run = on_run
 
     def run(self, what: str, is_patched: bool, call: Callable[[], T]) -> T:
-        """`call` on one side."""
+        """`call` on one side. Raises SideFailed where it fails."""
         self._on_run(f"{what}, {'patched' if is_patched else 'unpatched'}")
-        with self.settings.patched(self.model) if is_patched else nullcontext():
+        with told(what, is_patched), self.settings.patched(self.model) if is_patched else nullcontext():
             return call()
 
     def both(self, what: str, call: Callable[[], T], patched_first: bool = False) -> tuple[T, T]:
@@ -72,19 +76,30 @@ class Sides:
         run = generate(self.model, self.batch, self.settings.new_tokens, clock)
         return run, service_of(self.model) - after_prefill[0]
 
-    def distances(self, tokens: Tensor, layers: Sequence[str]) -> tuple[LayerDistance, LogitsDistance]:
-        """Both sides decode `tokens` [B, new tokens], or as many of them as fit in memory; `layers` are checked."""
+    def comparable(self, tokens: Tensor) -> tuple[Batch, Tensor]:
+        """As many of the prompts, and of the tokens [B, new tokens] after them, as there is memory for logits."""
         sequences, steps = tokens.shape
         sequences, steps = comparable_part(sequences, steps, self.model.config.get_text_config().vocab_size)
-        part = {name: tensor[:sequences] for name, tensor in self.batch.items()}
-        forced = tokens[:sequences, :steps]
+        return {name: tensor[:sequences] for name, tensor in self.batch.items()}, tokens[:sequences, :steps]
+
+    def logits(self, tokens: Tensor, layers: Sequence[str]) -> tuple[Tensor, Tensor, LayerDistance]:
+        """Of both sides, decoding the same tokens; the steps of `layers` are checked."""
+        part, forced = self.comparable(tokens)
         check = LayerwiseCheck(self.model, layers)
         upstream = self.run("logits", False, lambda: forced_logits(self.model, part, forced))
         with check.watching():
             patched = self.run("logits", True, lambda: forced_logits(self.model, part, forced))
-        return check.distance, LogitsDistance.between(upstream, patched)
+        return upstream, patched, check.distance
 
-    def step_bytes(self) -> int:
+    def float32(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """A copy of the model in float32, unpatched: its greedy text, and its logits over the same tokens."""
+        self._on_run("in float32, unpatched")
+        with told("in float32", False):
+            wide = copy.deepcopy(self.model).float()
+            text = generate(wide, self.batch, self.settings.new_tokens).tokens
+            return text, forced_logits(wide, *self.comparable(tokens))
+
+    def step_bytes(self) -> int | None:
         """Peak memory of a decode step."""
         return decode_step_bytes(self.model, self.batch)
 
@@ -114,11 +129,13 @@ def compare(
     setup, layers = describe(model, batch, settings)
 
     upstream, patched = sides.both("greedy text", sides.generate)  # also warms both sides up
-    sample = Sample(prompts[0], tokenizer.decode(upstream.tokens[0]), tokenizer.decode(patched.tokens[0]))
     texts = [(upstream.tokens, patched.tokens)]
-    distances = sides.distances(upstream.tokens, layers)
-    greedy = GreedyAgreement.between(texts)
-    parity = Parity(setup.dtype, setup.num_layers, *distances, greedy, setup.state_dtype)
+    greedy = GreedyAgreement.between(texts, prompts)
+    logits = sides.logits(upstream.tokens, layers)
+    wide, float32, missing = _float32(sides, prompts, texts[0], logits[:2])
+    distances = logits[2], LogitsDistance.between(*logits[:2])
+    parity = Parity(setup.dtype, *distances, greedy, float32, missing, settings.state_dtype)
+    sample = _sample(tokenizer, prompts, greedy.first_prompt or 0, *texts[0], wide)
     if parity.failures:
         return Comparison(setup, parity, None, sample)
 
@@ -126,14 +143,61 @@ def compare(
     timed = [sides.both(f"run {i + 1}", sides.timed_run, patched_first=i % 2 == 1) for i in range(settings.repeat)]
     runs = [(before, after) for (before, _), (after, _) in timed]
     texts += [(before.tokens, after.tokens) for before, after in runs]  # what was timed must be right as well
-    parity = replace(parity, greedy=GreedyAgreement.between(texts))
+    parity = replace(parity, greedy=GreedyAgreement.between(texts, prompts))
     served = sum((service for _, (_, service) in timed), Service())
     return Comparison(setup, parity, None if parity.failures else Speed.of(runs, memory, served), sample)
 
 
+def _float32(
+    sides: Sides, prompts: Sequence[str], texts: tuple[Tensor, Tensor], logits: tuple[Tensor, Tensor]
+) -> tuple[Tensor | None, Float32Distance | None, str]:
+    """The greedy text of float32 and both sides' distance from it, or why it was not taken."""
+    if sides.model.dtype == torch.float32:
+        return None, None, ""
+    missing = no_float32(sides.model)
+    if missing:
+        return None, None, missing
+    text, exact = sides.float32(texts[0])
+    upstream, patched = (LogitsDistance.between(exact, side.to(exact.device)).relative_rms for side in logits)
+    identical = [GreedyAgreement.between([(text, side)], prompts).identical for side in texts]
+    return text, Float32Distance(upstream, patched, *identical), ""
+
+
+def no_float32(model: Any) -> str:
+    """Why there is no copy of `model` in float32; empty where there is room for one."""
+    if not can_be_widened(model):
+        return "its weights are quantised, or spread over devices"
+    needed = ROOM * 4 * sum(parameter.numel() for parameter in model.parameters())
+    device = model.device
+    free = get_max_memory().get("cpu" if device.type == "cpu" else device.index or 0, 0)
+    return "" if needed < free else f"it would take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+
+
+def _sample(
+    tokenizer: Any, prompts: Sequence[str], which: int, upstream: Tensor, patched: Tensor, wide: Tensor | None
+) -> Sample:
+    exact = None if wide is None else tokenizer.decode(wide[which])
+    return Sample(prompts[which], tokenizer.decode(upstream[which]), tokenizer.decode(patched[which]), exact)
+
+
+@contextmanager
+def told(what: str, is_patched: bool) -> Iterator[None]:
+    """Raises SideFailed for what a side raises, but for what the user has to change."""
+    try:
+        yield
+    except (BadInput, PatchError):
+        raise
+    except Exception as error:
+        words = str(error).lower()
+        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)
+        )
+        raise SideFailed(what, is_patched, Exit.OUT_OF_MEMORY if no_memory else Exit.CRASHED) from error
+
+
 def total_runs(settings: Settings) -> int:
     """How many `generate` calls a comparison makes at most: on each side greedy, logits, memory and the timed ones."""
-    return 2 * (3 + settings.repeat)
+    return 2 * (3 + settings.repeat) + 1
 
 
 def service_of(model: Any) -> Service:
@@ -156,6 +220,7 @@ def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[
         upstream=upstream_kernels(model.get_submodule(layers[0].name), FAMILIES[layers[0].family]),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device_name(model.device),
+        cpu=cpu_name(),
         threads=torch.get_num_threads(),
         sequences=sequences,
         prompt_tokens=prompt_tokens,
@@ -165,15 +230,3 @@ def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[
         state_dtype=settings.state_dtype,
     )
     return setup, [layer.name for layer in layers if layer.covered]
-
-
-def device_name(device: torch.device) -> str:
-    """The device, and on a GPU which one."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def versions() -> dict[str, str]:
-    """Of everything installed whose version a number may depend on."""
-    names = ("torch", "triton", "transformers", "flash-linear-attention", "causal-conv1d", "kernels")
-    installed = {name: version(name) for name in names if any(distributions(name=name))}
-    return {"python": platform.python_version(), **installed}
