@@ -196,3 +196,4 @@ def reset_counters(model: nn.Module | None = None) -> None:
         for plan in plans:
             if plan is not None:
                 plan.reset_counters()
+        graph.reset_counters(model)

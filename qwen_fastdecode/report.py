@@ -112,6 +112,7 @@ class Status:
             "fallbacks": self.fallbacks,
             "layers": [asdict(x) for x in self.layers],
             "notes": [*self.notes],
+            "graphs": None if self.graphs is None else asdict(self.graphs),
         }
 
     def __str__(self) -> str:
@@ -154,10 +155,11 @@ class Status:
         if self.split_steps:
             notes.insert(0, f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
-        notes += [] if self.graphs is None else [str(self.graphs)]
         notes += dict.fromkeys([*long, *self.notes])
         if any(layer.covered and layer.fallbacks and not layer.fast_steps for layer in self.layers):
             notes.append(COUNTING)
+        if self.graphs is not None:
+            notes += str(self.graphs).splitlines()
         return notes
 
 

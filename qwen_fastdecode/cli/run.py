@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     name, *arguments = args.program
     report = Report()
     refused = patch_imports(
-        args.backend, strict=args.strict, keep=args.report, cuda_graph=args.cuda_graph, report=report
+        args.backend, strict=args.strict, keep=args.report, report=report, cuda_graph=args.cuda_graph
     )
     if args.report:
         report.at_exit()
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool, report: Report) -> list[PatchError]:
+def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool) -> list[PatchError]:
     """Has every supported family patched as soon as the program has imported it, and not earlier.
 
     Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
@@ -82,11 +82,11 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, cuda_graph: bool, r
             refused.append(error)
             # Transformers would turn an Exception into a ModuleNotFoundError.
             raise SystemExit(int(Exit.BAD_INPUT)) from error
-        report.refused += refusals(module.__name__)
         if cuda_graph:
             from .. import graph
 
             graph.refresh()
+        report.refused += refusals(module.__name__)
 
     install.on_import("transformers", families)
     return refused

@@ -1,6 +1,6 @@
 """Decode steps of `generate` as one captured CUDA graph: `patch(model, cuda_graph=True)`.
 
-api.py          refresh, describe: what the rest of the package calls
+api.py          refresh, describe, reset_counters: what the rest of the package calls
 install.py      the functions of Transformers' `generate` that are stood in for, put on and taken off
 state.py        which models want it, and what one remembers between calls: counts
 call.py         one call of `generate`: when it captures, replays, compares, and goes back to eager
@@ -12,6 +12,6 @@ eligible.py     why a call stays eager, asked before anything is done
 reasons.py      the names of those reasons
 """
 
-from .api import describe, refresh
+from .api import describe, refresh, reset_counters
 
-__all__ = ["describe", "refresh"]
+__all__ = ["describe", "refresh", "reset_counters"]

@@ -11,7 +11,7 @@ from ..layer.install import touched_layers
 from ..layer.plan import plan_of
 from ..report import GraphStatus
 from . import install
-from .state import forget, gone, states, wanted
+from .state import State, forget, gone, states, wanted
 
 
 def refresh() -> None:
@@ -35,11 +35,7 @@ def _anybody() -> bool:
 
 def describe(model: nn.Module | None = None) -> GraphStatus | None:
     """What was done for `model`, or for all models; None where none has a state."""
-    if model is None:
-        found = [*states().values(), *gone()]
-    else:
-        inside = {id(module) for module in model.modules()}
-        found = [own for one, own in states().items() if id(one) in inside]
+    found = _states_in(model)
     if not found:
         return None
     reasons: Counter[str] = Counter()
@@ -54,3 +50,17 @@ def describe(model: nn.Module | None = None) -> GraphStatus | None:
         for name in ("captures", "compared", "replays", "tokens", "grouped_calls"):
             totals[name] += getattr(own, name)
     return GraphStatus(worst=worst, reasons=dict(reasons), details=details, **totals)
+
+
+def reset_counters(model: nn.Module | None = None) -> None:
+    """Has what `describe` says begin anew."""
+    for own in _states_in(model):
+        own.settle()
+        own.reset_counters()
+
+
+def _states_in(model: nn.Module | None) -> list[State]:
+    if model is None:
+        return [*states().values(), *gone()]
+    inside = {id(module) for module in model.modules()}
+    return [own for one, own in states().items() if id(one) in inside]

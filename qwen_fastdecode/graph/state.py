@@ -52,11 +52,8 @@ class State:
     """On a model instance. A copied or unpickled model has none."""
 
     def __init__(self) -> None:
-        self.captures = self.compared = self.replays = self.tokens = self.grouped_calls = 0
-        self.worst = 0.0  # relative distance of a first replay from the eager step
         self.failures = 0
-        self.reasons: Counter[Eager] = Counter()
-        self.details: dict[Eager, str] = {}
+        self.reset_counters()
         self._offers: dict[int, Offer] = {}
         self._calls: dict[int, list[Any]] = {}
         self._pools: dict[torch.device, Pool] = {}
@@ -97,6 +94,13 @@ class State:
         """What captures on a device share."""
         with self._counting:
             return self._pools.setdefault(device, Pool(device))
+
+    def reset_counters(self) -> None:
+        """What has been done so far is not counted any more."""
+        self.captures = self.compared = self.replays = self.tokens = self.grouped_calls = 0
+        self.worst = 0.0  # relative distance of a first replay from the eager step
+        self.reasons: Counter[Eager] = Counter()
+        self.details: dict[Eager, str] = {}
 
     def free(self) -> None:
         """The model is gone, or its patch is: graphs in use keep their memory for as long as they need it."""
