@@ -25,10 +25,17 @@ class DeferredTile(NamedTuple):
     prefetch: bool = False  # ask for a head's state while the one before is finished
 
 
-# Measured on an H100 (benchmarks/results/h100-2026-11-26-kernel): within 1 % of the best from batch 32 on for float32
-# states at N 8; for bfloat16 states the best at all batches where waiting pays.
-FLOAT32_TILE = DeferredTile(4, 4, 168)
-OTHER_TILE = DeferredTile(2, 8, prefetch=True)
+class Deferral(NamedTuple):
+    """What is best for states of one dtype."""
+
+    tile: DeferredTile
+    N: int  # entries of a ring
+    least_work: int  # sequences x key heads; with fewer, two passes are faster
+
+
+# Measured on an H100 (benchmarks/results/h100-2026-11-26-kernel). Other GPUs have not been measured.
+FLOAT32 = Deferral(DeferredTile(4, 4, 168), N=6, least_work=512)
+OTHER = Deferral(DeferredTile(2, 8, prefetch=True), N=8, least_work=2048)
 
 
 class SettleLayout(NamedTuple):
@@ -55,7 +62,7 @@ def decode_deferred_triton(step: Step, recipe: Recipe, ring: Ring, tile: Deferre
     recurrent, v = step.states.recurrent, step.tokens.v
     if any(x.dtype != torch.float32 for x in ring[:3]):
         raise UnsupportedStep("ring: expected float32, in which the Triton backend computes")
-    tile = tile or table_tile(recurrent)
+    tile = tile or deferral(recurrent.dtype).tile
     items = s.B * s.HK
     programs = min(items, _max_programs(v.device))
     whole = Tile(tiles.power_of_two(s.DV), tile.num_warps)
@@ -74,7 +81,7 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
     """Folds what is pending into the states and sets the cursor to zero."""
     check_ring(ring, recurrent_state)
     (B, HV, DK, DV), HK = recurrent_state.shape, ring.k.shape[1]
-    tile = tile or table_tile(recurrent_state)
+    tile = tile or deferral(recurrent_state.dtype).tile
     items = B * HK
     programs = min(items, _max_programs(recurrent_state.device))
     layout = SettleLayout(
@@ -93,9 +100,9 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
         )
 
 
-def table_tile(recurrent_state: Tensor) -> DeferredTile:
-    """The tile for states of a dtype."""
-    return FLOAT32_TILE if recurrent_state.dtype == torch.float32 else OTHER_TILE
+def deferral(state: torch.dtype) -> Deferral:
+    """What is best for states of a dtype."""
+    return FLOAT32 if state == torch.float32 else OTHER
 
 
 def _options(tile: DeferredTile) -> dict[str, Any]:
