@@ -29,31 +29,32 @@ KINDS = {"NVIDIA H100 80GB HBM3": "sm_90"}  # GPUs with rows of their own in the
 D, HK, R = 128, 16, 2  # the real sizes
 
 
-def shipped(arch: str) -> dict[str, Tile]:
-    """The tiles of the table for one architecture, and the one for several tokens a sequence."""
+def shipped(arch: str, state: str) -> dict[str, Tile]:
+    """The tiles of the table for one architecture and dtype of states, and the one for several tokens a sequence."""
     gpus = [arch, *(gpu for gpu, built_as in KINDS.items() if built_as == arch)]
-    found = {f"{gpu}, up to {row.max_work}": row.tile for gpu in gpus for row in tiles.shipped()[gpu]}
-    return {**found, "several tokens": tiles.whole_head(D)}
+    tables = {gpu: tiles.shipped(state).get(gpu, []) for gpu in gpus}
+    found = {f"{gpu}, up to {row.max_work}": row.tile for gpu, rows in tables.items() for row in rows}
+    return found if state == "bfloat16" else {**found, "several tokens": tiles.whole_head(D)}
 
 
-def arguments(T: int) -> tuple[torch.Tensor, ...]:
+def arguments(T: int, state: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Views of qwen3_next's projections for B = 4, on the CPU: their strides and alignment are what matters."""
     B, dtype, C = 4, torch.bfloat16, 2 * HK * D + HK * R * D
     q, k, v, z = torch.empty(B * T, HK, 2 * D + 2 * R * D, dtype=dtype).split([D, D, R * D, R * D], dim=2)
     b, a = torch.empty(B * T, HK, 2 * R, dtype=dtype).split([R, R], dim=2)
-    states = torch.empty(B, C, 4, dtype=dtype), torch.empty(B, HK * R, D, D)
+    states = torch.empty(B, C, 4, dtype=dtype), torch.empty(B, HK * R, D, D, dtype=state)
     weights = [torch.empty(*shape, dtype=dtype) for shape in [(C, 4), (HK * R,), (HK * R,), (D,)]]
     return q, k, v.unflatten(2, (R, D)), z.unflatten(2, (R, D)), b, a, *states, *weights
 
 
-def compile_for(arch: str, tile: Tile, T: int) -> Any:
+def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32) -> Any:
     """The compiled kernel, specialised by Triton itself on the launcher's own arguments."""
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
     device = {"get_current_device": 0, "get_current_stream": 0, "get_current_target": target}
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
     torch.version.hip = arch if hip else None
-    tensors = arguments(T)
+    tensors = arguments(T, state)
     step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
     kernel, numbers, layout, options, _ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
     kernel.device_caches.clear()
@@ -109,10 +110,12 @@ def read_amd(compiled: Any) -> dict[str, int]:
 
 def rows(arch: str) -> list[dict[str, Any]]:
     read = read_amd if arch.startswith("gfx") else read_nvidia
-    return [
-        {"arch": arch, "work": work, **tile._asdict(), **read(compile_for(arch, tile, T=2 if "tokens" in work else 1))}
-        for work, tile in shipped(arch).items()
-    ]
+    found = []
+    for state in ("float32", "bfloat16"):
+        for work, tile in shipped(arch, state).items():
+            compiled = compile_for(arch, tile, 2 if "tokens" in work else 1, getattr(torch, state))
+            found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled)})
+    return found
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_step import Step
+from triton_step import Step, as_op
 
+from qwen_fastdecode.ops.triton import launch
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -131,3 +132,31 @@ def test_tokens_one_by_one_or_together() -> None:
         torch.testing.assert_close(alone_t.run(), y[:, t])
     torch.testing.assert_close(alone.recurrent_state, together.recurrent_state)
     assert torch.equal(alone.conv_state, together.conv_state)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"DK": 24, "DV": 40, "R": 3}, {"DV": 9}, {"B": 7}], ids=str)
+@pytest.mark.parametrize("tile", [Tile(16, 4), Tile(16, 4, 2)], ids=str)
+def test_bfloat16_states(sizes: dict, tile: Tile) -> None:
+    """In pairs, but for an odd DV, where a row may begin in the middle of a word."""
+    Step(state_dtype=BF16, dtype=F32, **sizes).check(tile)
+
+
+def test_only_aligned_bfloat16_states_are_taken_in_pairs() -> None:
+    def pairs(step: Step) -> bool:
+        return launch.describe(*as_op(step.tensors, step.options), tile=None, max_programs=8).layout.pairs
+
+    step = Step(state_dtype=BF16)
+    assert pairs(step)
+    assert not pairs(Step(state_dtype=F32))
+    assert not pairs(Step(state_dtype=BF16, DV=9))
+    whole = torch.empty(step.recurrent_state.numel() + 1, dtype=BF16)
+    step.recurrent_state = whole[1:].view(step.recurrent_state.shape)  # begins in the middle of a word
+    assert not pairs(step)
+
+
+def test_launch_takes_the_tile_of_the_states_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(launch, "table_tile", lambda *arguments: asked.append(arguments[3]) or Tile(16, 4))
+    step = Step(state_dtype=BF16)
+    launch.describe(*as_op(step.tensors, step.options), tile=None, max_programs=8)
+    assert asked == [BF16]

@@ -45,6 +45,27 @@ def test_rows_are_read_by_work() -> None:
     assert tiles.lookup("sm_90", "", small.max_work + 1, 128) == large.tile
 
 
+def test_states_of_another_dtype_have_rows_of_their_own(cache: Path) -> None:
+    gpu = "NVIDIA H100 80GB HBM3"
+    for row in tiles.shipped("bfloat16")[gpu]:
+        assert tiles.lookup("sm_90", gpu, row.max_work, 128, "bfloat16") == row.tile
+    assert tiles.shipped("bfloat16")[gpu] != tiles.shipped()[gpu]
+    assert tiles.lookup("sm_90", gpu, 10**9, 128) == tiles.shipped()[gpu][-1].tile
+
+
+def test_a_dtype_without_rows_takes_those_of_float32(cache: Path) -> None:
+    for work in (1, 10**9):
+        assert tiles.lookup("sm_80", "", work, 128, "bfloat16") == tiles.lookup("sm_80", "", work, 128)
+
+
+def test_tiles_tuned_on_float32_states_leave_those_of_others_alone(cache: Path) -> None:
+    gpu = "NVIDIA H100 80GB HBM3"
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({"tile": [{"device": gpu, "max_work": 10**12, **Tile(16, 8)._asdict()}]}))
+    assert tiles.lookup("sm_90", gpu, 1, 128) == Tile(16, 8)
+    assert tiles.lookup("sm_90", gpu, 1, 128, "bfloat16") == tiles.shipped("bfloat16")[gpu][0].tile
+
+
 @pytest.mark.parametrize(
     ("arch", "closest"),
     [

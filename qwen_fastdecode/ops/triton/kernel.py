@@ -27,6 +27,7 @@ from .parts import (
     load_state,
     load_taps,
     load_weight,
+    state_words,
     store_state,
     store_taps,
     unit_qk,
@@ -74,6 +75,9 @@ def decode_token(
     which = tl.arange(0, 2)[:, None].to(index)
     rows = tl.arange(0, L.BLOCK_K)
     columns = tl.arange(0, L.BLOCK_V).to(index)
+    PAIR: tl.constexpr = 2 if L.pairs else 1  # numbers of the state in a word of its tiles
+    words = tl.arange(0, L.BLOCK_V // PAIR).to(index)
+    states = state_words(state, L)
     tiles = tl.arange(0, L.TILES)
     cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K]).to(index)
     head_column = (tiles * L.BLOCK_V)[:, None] + columns[None, :]  # [TILES, BLOCK_V]
@@ -86,9 +90,11 @@ def decode_token(
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.key_heads, tl.int64)  # the sequence, and its only token; 64 bits as it multiplies strides
         hk = tl.cast(L.first_key_head + item % L.key_heads, index)
-        S_first = state + i * state_sequence + hk * (L.R * L.state_head) + (rows * L.DV)[:, None] + columns[None, :]
+        sequence = i * (state_sequence // PAIR) if L.pairs else i * state_sequence
+        key_head = hk * (L.R * L.state_head // PAIR)
+        S_first = states + sequence + key_head + (rows * (L.DV // PAIR))[:, None] + words[None, :]
         if L.prefetch:
-            S_next = load_state(S_first, rows, columns, 1, L)
+            S_next = load_state(S_first, rows, words, 1, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -114,8 +120,9 @@ def decode_token(
             hv = hk * L.R + r
             column = tile * L.BLOCK_V + columns
             column_mask = column < L.DV if L.TILES * L.BLOCK_V > L.DV else None
-            S_pointer = S_first + (r * L.state_head + tile * L.BLOCK_V)
-            S = S_next if L.prefetch else load_state(S_pointer, rows, column, 1, L)
+            word = tile * (L.BLOCK_V // PAIR) + words if L.pairs else column
+            S_pointer = S_first + (r * (L.state_head // PAIR) + tile * (L.BLOCK_V // PAIR))
+            S = S_next if L.prefetch else load_state(S_pointer, rows, word, 1, L)
             beta, decay = gates(
                 tl.load(b + i * b_token + hk * L.b_head + r * L.b_value).to(tl.float32),
                 tl.load(a + i * a_token + hk * L.a_head + r * L.a_value).to(tl.float32),
@@ -138,14 +145,14 @@ def decode_token(
             gate *= load(norm_weight + column, column_mask)
             tl.debug_barrier()  # as above
             store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
-            S, o = delta_rule(S.to(tl.float32), q_unit, k_unit, v_conv, dot, beta, decay)
-            store_state(S_pointer, S, rows, column, L)
+            S, o = delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay, L)
+            store_state(S_pointer, S, rows, word, L)
             if L.prefetch:
                 r_next = tl.cast((step + 1) // L.TILES, index)
-                tile_next = (step + 1) % L.TILES * L.BLOCK_V
-                S_pointer = S_first + (r_next * L.state_head + tile_next)
+                tile_next = (step + 1) % L.TILES * (L.BLOCK_V // PAIR)
+                S_pointer = S_first + (r_next * (L.state_head // PAIR) + tile_next)
                 left = L.R * L.TILES - (step + 1)
-                S_next = load_state(S_pointer, rows, tile_next + columns, left, L)
+                S_next = load_state(S_pointer, rows, tile_next + words, left, L)
 
             square += o * o
             y = tl.where((tiles == tile)[:, None], (o * gate)[None, :], y) if L.TILES > 1 else (o * gate)[None, :]
@@ -245,7 +252,7 @@ def decode_tokens(
                 qk = convolve(qk0, qk1, qk2, qk3, qkw0, qkw1, qkw2, qkw3, L.W)
                 q_unit, k_unit, dot = unit_qk(qk, which, L.scale)
                 v_conv = convolve(v0, v1, v2, v3, vw0, vw1, vw2, vw3, L.W)
-                S, o = delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay)
+                S, o = delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay, L)
                 y = o * tl.rsqrt(tl.sum(o * o, 0) / L.DV + L.eps) * weight * activation(z0, L.silu)
                 y_pointer = out + t * (L.key_heads * L.R * L.DV) + (hv - L.first_key_head * L.R) * L.DV + columns
                 tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)

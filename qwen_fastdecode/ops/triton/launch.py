@@ -53,6 +53,8 @@ class Layout(NamedTuple):
     state_head: int  # stride of recurrent_state
     packed_taps: bool  # a channel's four 16-bit taps are one aligned 64-bit word
     packed_weight: bool
+    pairs: bool  # the state's tiles are pairs of bfloat16 in 32-bit words
+    nvidia: bool  # its own instructions may be used
     scale: float  # DK ** -0.5
     eps: float
     silu: bool
@@ -118,8 +120,9 @@ def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -
     _, key_heads = s.key_heads(recipe)
     items = s.B * key_heads
     if tile is None:
-        tile = table_tile(tokens.q.device, items, s.DV) if one_token else tiles.whole_head(s.DV)
-    layout = _layout(s, step, recipe, tile, strided=items > max_programs)
+        state = step.states.recurrent.dtype
+        tile = table_tile(tokens.q.device, items, s.DV, state) if one_token else tiles.whole_head(s.DV)
+    layout = _layout(s, step, recipe, tile, strided=items > max_programs, pairs=one_token)
     if not one_token and layout.TILES > 1:
         raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
@@ -189,7 +192,7 @@ def _check(step: Step) -> None:
             raise UnsupportedStep(f"{name}: got stride {x.stride(0)}, expected 1")
 
 
-def _layout(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool) -> Layout:
+def _layout(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool, pairs: bool) -> Layout:
     q, k, v, z, b, a = step.tokens
     states, weights = step.states, step.weights
     low, key_heads = s.key_heads(recipe)
@@ -220,6 +223,8 @@ def _layout(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool
         state_head=states.recurrent.stride(1),
         packed_taps=_packed(states.conv),
         packed_weight=_packed(weights.conv.squeeze(1) if weights.conv.dim() == 3 else weights.conv),
+        pairs=pairs and _paired(states.recurrent),
+        nvidia=not INTERPRETED and torch.version.hip is None,
         scale=s.DK**-0.5,
         eps=recipe.eps,
         silu=recipe.gate == "silu",
@@ -243,6 +248,12 @@ def _packed(taps: Tensor) -> bool:
     return words and taps.data_ptr() % 8 == 0 and all(stride % 4 == 0 for stride in outer)
 
 
+def _paired(states: Tensor) -> bool:
+    """Whether the recurrent states are bfloat16 numbers in aligned pairs."""
+    pairs = states.dtype == torch.bfloat16 and states.data_ptr() % 4 == 0
+    return pairs and all(stride % 2 == 0 for stride in states.stride()[:3])
+
+
 def _numbers(s: StepShapes, step: Step, items: int) -> tuple[int, ...]:
     """The kernel's runtime integers: sizes of the work, strides between tokens and between sequences."""
     conv, recurrent = step.states
@@ -264,11 +275,11 @@ def _max_programs(device: torch.device) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def table_tile(device: torch.device, work: int, DV: int) -> Tile:
-    """The tile table's choice for one token a sequence; `work` = sequences x key heads."""
+def table_tile(device: torch.device, work: int, DV: int, state: torch.dtype = torch.float32) -> Tile:
+    """The tile table's choice for one token a sequence and states of a dtype; `work` = sequences x key heads."""
     if INTERPRETED:
         return tiles.fit(Tile(64, 4), DV)
     properties = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
-    return tiles.lookup(arch, properties.name, work, DV)
+    return tiles.lookup(arch, properties.name, work, DV, str(state).removeprefix("torch."))

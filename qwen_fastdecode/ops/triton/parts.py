@@ -147,18 +147,79 @@ def gates(b, a, A_log, dt_bias, beta_scale: tl.constexpr):
 
 
 @triton.jit
-def delta_rule(S, q, k, v, dot, beta, decay):
+def widen(S):
+    """Pairs of bfloat16 in 32-bit words -> those in the low halves and those in the high halves, as float32."""
+    return (S << 16).to(tl.float32, bitcast=True), (S & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def widen_again(S, late, L: tl.constexpr):
+    """`widen`, in words which the compiler does not know to give the same, and not before `late` [V / 2] is known.
+
+    It would keep the wide tile from the first use to the second, in twice the registers of the tile itself.
+    """
+    if L.nvidia:
+        zero = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,f", [late], tl.uint32, True, 1) >> 6
+        low_bytes, high_bytes = (zero + 0x1044)[None, :], (zero + 0x3244)[None, :]
+        low = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=f,r,r", [S, low_bytes], tl.float32, True, 1)
+        high = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=f,r,r", [S, high_bytes], tl.float32, True, 1)
+    else:
+        low, high = widen(S)
+    return low, high
+
+
+@triton.jit
+def narrow(low, high, L: tl.constexpr):
+    """The inverse of `widen`, each rounded to the nearest bfloat16."""
+    if L.nvidia:
+        words = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1)
+    else:
+        low = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        words = low | (high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    return words
+
+
+@triton.jit
+def project(S, x, L: tl.constexpr):
+    """S^T x for a state tile S and x [DK]; of pairs, the columns of the low and of the high halves in turn."""
+    if L.pairs:
+        low, high = widen(S)
+        y = tl.interleave(tl.sum(low * x[:, None], 0), tl.sum(high * x[:, None], 0))
+    else:
+        y = tl.sum(S.to(tl.float32) * x[:, None], 0)
+    return y
+
+
+@triton.jit
+def delta_rule(S, q, k, v, dot, beta, decay, L: tl.constexpr):
     """One token on a state tile: S [DK, V], q and k [DK], v [V], dot = q.k; returns the new S and o [V]."""
-    p = tl.sum(S * k[:, None], 0)
-    r = tl.sum(S * q[:, None], 0)
+    p = project(S, k, L)
+    r = project(S, q, L)
     delta = beta * (v - decay * p)
-    return decay * S + k[:, None] * delta[None, :], decay * r + dot * delta
+    if L.pairs:
+        even, odd = tl.split(tl.reshape(delta, [L.BLOCK_V // 2, 2]))
+        low, high = widen_again(S, even, L)
+        low = decay * low + k[:, None] * even[None, :]
+        S = narrow(low, decay * high + k[:, None] * odd[None, :], L)
+    else:
+        S = decay * S.to(tl.float32) + k[:, None] * delta[None, :]
+    return S, decay * r + dot * delta
+
+
+@triton.jit
+def state_words(state, L: tl.constexpr):
+    """The states as a tile holds them: numbers, or pairs of bfloat16 as 32-bit words."""
+    if L.pairs:
+        words = state.to(tl.pointer_type(tl.uint32), bitcast=True)
+    else:
+        words = state
+    return words
 
 
 @triton.jit
 def _state_mask(rows, columns, L: tl.constexpr):
     if L.BLOCK_K > L.DK or L.TILES * L.BLOCK_V > L.DV:
-        mask = (rows < L.DK)[:, None] & (columns < L.DV)[None, :]
+        mask = (rows < L.DK)[:, None] & (columns < L.DV // (2 if L.pairs else 1))[None, :]
     else:
         mask = None
     return mask
@@ -166,16 +227,17 @@ def _state_mask(rows, columns, L: tl.constexpr):
 
 @triton.jit
 def load_state(pointer, rows, columns, left, L: tl.constexpr):
-    """A tile [DK, BLOCK_V] in the state's dtype; nothing is read if there is no tile left.
+    """A tile [DK, BLOCK_V] as `state_words` has it; nothing is read if there is no tile left.
 
     evict_last: the line stays in the L2 cache until it is written back in place (5 % faster at large batch on an H200).
     """
     mask = _state_mask(rows, columns, L)
-    wanted = tl.full([L.BLOCK_K, L.BLOCK_V], left, tl.int32) > 0  # a branch would keep the old tile beside the new
+    # A branch would keep the old tile beside the new.
+    wanted = tl.full([L.BLOCK_K, L.BLOCK_V // (2 if L.pairs else 1)], left, tl.int32) > 0
     if mask is None:
         S = tl.load(pointer, mask=wanted, eviction_policy="evict_last")
     else:
-        S = tl.load(pointer, mask=mask & wanted, other=0.0, eviction_policy="evict_last")
+        S = tl.load(pointer, mask=mask & wanted, other=0, eviction_policy="evict_last")
     return S
 
 

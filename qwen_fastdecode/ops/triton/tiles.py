@@ -32,12 +32,18 @@ class Row(NamedTuple):
     tile: Tile
 
 
-def lookup(arch: str, device_name: str, work: int, DV: int) -> Tile:
-    """The tile for `work` = sequences x key heads on a GPU.
+def lookup(arch: str, device_name: str, work: int, DV: int, state: str = "float32") -> Tile:
+    """The tile for `work` = sequences x key heads on a GPU, on states of a dtype.
 
-    The one tuned on that kind of GPU, else the one shipped for it, else the one shipped for its architecture.
+    The one tuned on that kind of GPU, else the one shipped for it, else the one shipped for its architecture; a dtype
+    for which none of them has rows takes the tiles of float32 states.
     """
-    rows = tuned().get(device_name) or shipped().get(device_name) or shipped()[closest(arch)]
+    tables = (
+        table
+        for dtype in dict.fromkeys((state, "float32"))
+        for table in (tuned(dtype).get(device_name), shipped(dtype).get(device_name), shipped(dtype).get(closest(arch)))
+    )
+    rows = next(filter(None, tables))
     return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
 
 
@@ -79,17 +85,17 @@ def power_of_two(n: int) -> int:
 
 
 @functools.cache
-def shipped() -> dict[str, list[Row]]:
+def shipped(state: str = "float32") -> dict[str, list[Row]]:
     """The rows of each architecture, and of each kind of GPU that has rows of its own, by rising work."""
-    return _by_key("gpu", tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"])
+    return _by_key("gpu", state, tomllib.loads(Path(__file__).with_name("tiles.toml").read_text())["tile"])
 
 
 @functools.cache
-def tuned() -> dict[str, list[Row]]:
+def tuned(state: str = "float32") -> dict[str, list[Row]]:
     """The rows of each kind of GPU that was tuned here. Raises ValueError if the file is not what `tune` wrote."""
     path = cache_file()
     try:
-        return _by_key("device", json.loads(path.read_text())["tile"]) if path.exists() else {}
+        return _by_key("device", state, json.loads(path.read_text())["tile"]) if path.exists() else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a tile table ({error!r}); delete it or run `qwen-fastdecode tune`") from error
 
@@ -99,9 +105,10 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_fastdecode" / "tiles.json"
 
 
-def _by_key(key: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
+def _by_key(key: str, state: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
+    """Those for states of one dtype. A row that names none is for float32."""
     found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["max_work"]):
+    for row in sorted((row for row in rows if row.get("state", "float32") == state), key=lambda row: row["max_work"]):
         found.setdefault(row[key], []).append(Row(row["max_work"], Tile(*(row[field] for field in Tile._fields))))
     return found
 

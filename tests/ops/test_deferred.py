@@ -1,0 +1,152 @@
+"""States that are written every N-th step: the kernel and PyTorch's ring against two passes in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerances import FLOAT32, relative_rms
+from torch import Tensor
+from triton_step import Step, as_op, limit
+
+from qwen_fastdecode.errors import UnsupportedStep
+from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.ring import Ring, decode_deferred_torch, new_ring, pending, settle
+from qwen_fastdecode.ops.torch_cpu import decode_torch
+from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+Decode = Callable[..., Tensor]
+
+
+class Run:
+    """A step repeated on new tokens, deferred beside two passes in float64."""
+
+    def __init__(self, N: int, decode: Decode = decode_deferred_triton, **sizes: object):
+        self.step = Step(**{"dtype": F32, **sizes})
+        self.decode = decode
+        self.law = self.step.recurrent_state.double()
+        self.law_taps = self.step.conv_state.clone()
+        self.ring = new_ring(self.step.recurrent_state, self.step.HK, N)
+        for part in self.ring[:3]:
+            part.fill_(torch.nan)  # nothing but what the cursor counts may be read
+        self.generator = torch.Generator().manual_seed(1)
+
+    def token(self) -> float:
+        """The error of one step's output."""
+        tensors, options = self.step.tensors, self.step.options
+        for x in tensors[:6]:
+            x.copy_(torch.randn(x.shape, generator=self.generator))
+        expected = decode_reference(*as_op([*tensors[:6], self.law_taps, self.law, *tensors[8:]], options))
+        y = self.decode(*as_op(tensors, options), self.ring)
+        assert torch.equal(self.step.conv_state, self.law_taps)
+        return relative_rms(y, expected)
+
+    def state_error(self, settle_states: Callable[[Tensor, Ring], None] = settle_triton) -> float:
+        settle_states(self.step.recurrent_state, self.ring)
+        assert not self.ring.cursor.any()
+        return relative_rms(self.step.recurrent_state, self.law)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 6, 8])
+def test_every_ring_at_every_cursor(N: int) -> None:
+    """Settled after each number of steps: every phase of every head, by the kernel and by PyTorch in turn."""
+    for steps in range(0, 2 * N + 2, 1 if N <= 4 else 3):
+        run = Run(N, B=2, seed=steps)
+        assert all(run.token() <= FLOAT32 for _ in range(steps))
+        assert run.state_error(settle if steps % 2 else settle_triton) <= FLOAT32
+        assert run.token() <= FLOAT32  # a settled ring begins anew
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"B": 5, "HK": 3, "R": 1},  # more items than programs
+        {"R": 3, "grouped": False},
+        {"R": 4, "gate": "sigmoid", "beta_scale": 2.0},
+        {"DK": 24, "DV": 40},  # no powers of two: the blocks are masked
+        {"W": 2, "channel_last": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tile", [DeferredTile(4, 4), DeferredTile(4, 1, prefetch=True)], ids=["parts", "prefetch"])
+def test_sizes(sizes: dict, tile: DeferredTile) -> None:
+    run = Run(4, lambda *step: decode_deferred_triton(*step, tile), **sizes)
+    assert max(run.token() for _ in range(10)) <= FLOAT32
+    assert run.state_error() <= FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [{}, {"DK": 24, "DV": 40}, {"DV": 9}], ids=str)
+def test_bfloat16_states_are_rounded_once_in_a_period(sizes: dict) -> None:
+    run = Run(4, state_dtype=BF16, **sizes)
+    errors = [run.token() for _ in range(12)]
+    assert max(errors) <= 4 * limit(BF16)  # three folds, each truncated by the interpreter
+    assert run.state_error() <= 4 * limit(BF16)
+
+
+@pytest.mark.parametrize("decode", [decode_deferred_triton, decode_deferred_torch])
+@pytest.mark.parametrize("bias", [-8.0, 6.0, 60.0], ids=["long memory", "short memory", "decay underflows"])
+def test_all_decays(bias: float, decode: Decode) -> None:
+    run = Run(4, decode)
+    run.step.A_log.fill_(1.0)
+    run.step.dt_bias.fill_(bias)
+    assert max(run.token() for _ in range(11)) <= 2 * FLOAT32
+    assert run.state_error() <= FLOAT32
+
+
+def test_a_decay_that_underflows_among_long_memories() -> None:
+    """A sum of logarithms would lose the digits of what comes after the -500."""
+    run = Run(8)
+    run.step.A_log.fill_(-4.0)
+    for t in range(12):
+        run.step.dt_bias.fill_(30000.0 if t == 3 else -2.0)
+        assert run.token() <= FLOAT32
+    assert run.state_error() <= FLOAT32
+
+
+def test_as_exact_as_two_passes_over_1024_steps() -> None:
+    run = Run(8, decode_deferred_torch, B=1, HK=1, R=2)
+    run.step.dt_bias.fill_(-6.0)  # long memories, so that errors add up
+    two = run.step.recurrent_state.clone()
+    taps = run.step.conv_state.clone()
+    for _ in range(1024):
+        run.token()
+        tensors = [*run.step.tensors[:6], taps, two, *run.step.tensors[8:]]
+        decode_torch(*as_op(tensors, run.step.options))
+    ours, theirs = run.state_error(settle), relative_rms(two, run.law)
+    assert ours <= 1.2 * theirs, (ours, theirs)
+
+
+def test_the_ring_in_float64_is_two_passes() -> None:
+    run = Run(5, decode_deferred_torch)
+    wide = run.step.recurrent_state.double()
+    run.step.recurrent_state = wide
+    run.ring = new_ring(wide, run.step.HK, 5, F64)
+    assert max(run.token() for _ in range(13)) <= 1e-12
+    assert run.state_error(settle) <= 1e-12
+
+
+def test_an_nth_of_the_heads_folds_at_each_step() -> None:
+    ring = new_ring(torch.zeros(4, 8, 1, 1), 8, 8)
+    for t in range(1, 30):
+        ring.cursor.fill_(t if t < 8 else 8 + t % 8)
+        count, folds = pending(ring)
+        assert folds.sum() == 4
+        assert count.max() <= 8
+
+
+def test_refusals_name_the_argument() -> None:
+    run = Run(4)
+    step, recipe = as_op(run.step.tensors, run.step.options)
+    with pytest.raises(UnsupportedStep, match=r"heads: got \(0, 2\), expected all 4"):
+        decode_deferred_triton(step, recipe._replace(heads=(0, 2)), run.ring)
+    with pytest.raises(ValueError, match=r"ring\.d: got shape"):
+        decode_deferred_triton(step, recipe, run.ring._replace(d=run.ring.d[:1]))
+    with pytest.raises(UnsupportedStep, match="ring: expected float32"):
+        decode_deferred_triton(step, recipe, new_ring(run.step.recurrent_state, 2, 4, F64))
+    with pytest.raises(ValueError, match="N: got 0, expected at least 1"):
+        new_ring(run.step.recurrent_state, 2, 0)
+    two = Step(T=2)
+    with pytest.raises(UnsupportedStep, match="q: got 4 tokens for 2 sequences, expected one each"):
+        decode_deferred_triton(*as_op(two.tensors, two.options), run.ring)
