@@ -6,9 +6,11 @@ import argparse
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -92,8 +94,12 @@ def save(device_name: str, heads: Heads, found: list[Measured]) -> None:
         {"device": name, "max_work": row.max_work, **row.tile._asdict()} for name, kept in rows.items() for row in kept
     ]
     path = tiles.cache_file()
+    if path is None:
+        raise BadInput("there is no home to keep the tiles in: set XDG_CACHE_HOME to a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"tile": table}, indent=1) + "\n")
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
+        file.write(json.dumps({"tile": table}, indent=1) + "\n")
+    Path(file.name).replace(path)  # at once: a program that starts meanwhile reads the old table or the new one
     tiles.tuned.cache_clear()
 
 

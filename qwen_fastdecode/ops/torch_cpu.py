@@ -222,18 +222,18 @@ def _weighted_rows(x: Tensor, S: Tensor) -> Tensor:
 
 
 def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps what `make` returned for the last few arguments; fake tensors, which a mode makes of it, are not kept."""
+    """Keeps what `make` returned for the last few arguments; under FakeTensorMode nothing is kept, or found."""
     found: dict[Any, Any] = {}
 
     @wraps(make)
     def get(*arguments: Any) -> Any:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return make(*arguments)
         made = found.get(arguments)
         if made is None:
-            made = make(*arguments)
             if len(found) >= 16:
                 found.clear()
-            if all(type(x) is Tensor for x in (made if isinstance(made, tuple) else (made,))):
-                found[arguments] = made
+            made = found[arguments] = make(*arguments)
         return made
 
     return get

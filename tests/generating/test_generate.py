@@ -19,7 +19,7 @@ from models import (
     load,
     prompt,
 )
-from tolerances import FLOAT32, relative_rms
+from tolerances import FLOAT32_MODEL, relative_rms
 from transformers import PreTrainedModel
 
 import qwen_fastdecode as qf
@@ -130,7 +130,7 @@ def test_prefill_continuation_and_weights_are_untouched(family: str) -> None:
 def test_a_chunk_after_fast_steps_continues_from_their_states(family: str) -> None:
     """Prefill, two decode steps, three tokens at once, a decode step: as in a conversation that keeps its cache."""
     model = build(family)
-    tokens = torch.randint(1, 64, (2, 12))
+    tokens = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
     def run() -> torch.Tensor:
         cache, logits = None, []
@@ -141,7 +141,7 @@ def test_a_chunk_after_fast_steps_continues_from_their_states(family: str) -> No
 
     expected = run()
     qf.patch(model)
-    assert relative_rms(run(), expected) < FLOAT32
+    assert relative_rms(run(), expected) <= FLOAT32_MODEL
     assert qf.status(model).fast_steps == 3 * LINEAR
 
 

@@ -10,6 +10,7 @@ import torch
 
 from qwen_fastdecode import BackendUnavailable
 from qwen_fastdecode.cli import tune
+from qwen_fastdecode.cli.arguments import build_parser
 from qwen_fastdecode.cli.tune import Heads, Measured
 from qwen_fastdecode.errors import BadInput
 from qwen_fastdecode.ops.triton import launch as triton_backend
@@ -30,9 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    tune.add_parser(parser.add_subparsers())
-    return parser.parse_args(["tune", *arguments])
+    return build_parser().parse_args(["tune", *arguments])
 
 
 def test_command_keeps_a_tile_for_each_batch(

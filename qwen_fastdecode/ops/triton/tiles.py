@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,17 +93,28 @@ def shipped(state: str = "float32") -> dict[str, list[Row]]:
 
 @functools.cache
 def tuned(state: str = "float32") -> dict[str, list[Row]]:
-    """The rows of each kind of GPU that was tuned here. Raises ValueError if the file is not what `tune` wrote."""
+    """The rows of each kind of GPU that was tuned here; none, with a warning, where they cannot be read."""
     path = cache_file()
     try:
-        return _by_key("device", state, json.loads(path.read_text())["tile"]) if path.exists() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a tile table ({error!r}); delete it or run `qwen-fastdecode tune`") from error
+        return {} if path is None else _by_key("device", state, json.loads(path.read_text())["tile"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path}: not a tile table that can be read ({error!r}), so the shipped tiles are used; delete it or run "
+            "`qwen-fastdecode tune`",
+            stacklevel=2,
+        )
+        return {}
 
 
-def cache_file() -> Path:
-    """Where `qwen-fastdecode tune` keeps what it measured."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_fastdecode" / "tiles.json"
+def cache_file() -> Path | None:
+    """Where `qwen-fastdecode tune` keeps what it measured; None for a user without a home."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(folder or Path.home() / ".cache") / "qwen_fastdecode" / "tiles.json"
+    except RuntimeError:  # no HOME, and the user is in no table of users
+        return None
 
 
 def _by_key(key: str, state: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
