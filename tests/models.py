@@ -81,6 +81,12 @@ def _qwen4_exp(gate: str) -> PreTrainedModel:
     return transformers.Qwen4ExpForCausalLM(config)
 
 
+def _lara_mini(**changes: Any) -> PreTrainedModel:
+    kinds = {"layer_types": ["linear_attention"] * LINEAR + ["full_attention"]}
+    config = transformers.LaraMiniConfig(**COMMON | EXPERTS | _heads(4, 16) | kinds | changes)
+    return transformers.LaraMiniForCausalLM(config)
+
+
 def _olmo_hybrid(**changes: Any) -> PreTrainedModel:
     sizes = {name: size for name, size in COMMON.items() if name != "head_dim"}
     config = transformers.OlmoHybridConfig(**sizes | DENSE | _heads(4, 24) | changes)
@@ -104,6 +110,7 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen3_5_moe with vision": lambda: _with_vision("Qwen3_5Moe", COMMON | EXPERTS | _heads(4, 16)),
     "qwen4_exp": lambda: _qwen4_exp("silu"),
     "qwen4_exp, sigmoid gate": lambda: _qwen4_exp("sigmoid"),
+    "lara_mini": _lara_mini,
     "olmo_hybrid": _olmo_hybrid,
     "olmo_hybrid, positive eigenvalues": lambda: _olmo_hybrid(linear_allow_neg_eigval=False),
 }
@@ -118,7 +125,8 @@ def _has(family: str) -> bool:
     return not older or hasattr(importlib.import_module(f"{module}.modeling_{family}"), "causal_conv1d_update")
 
 
-# What the installed Transformers has: qwen3_next from 4.57 on, qwen3_5 and its kin from 5.2 on, qwen4_exp from 5.16 on.
+# What the installed Transformers has: qwen3_next from 4.57 on, qwen3_5 and its kin from 5.2 on, qwen4_exp from 5.16 on,
+# lara_mini from 5.24 on.
 FAMILIES = [name for name in BUILDERS if _has(name.split()[0].rstrip(","))]
 TRAINED = tuple(f"{family}-tiny" for family in ("qwen3_next", "qwen3_5") if _has(family))
 USUAL = "qwen3_5" if _has("qwen3_5") else "qwen3_next"  # the family of a test that is about no family
