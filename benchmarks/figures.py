@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = {
     "gpu": "h100-2026-11-24",  # generate.json and speed.json: one machine, one kernel
+    "graph": "h100-2026-11-26-graph",  # graph.json
     "ranks": "h100x2-2026-11-24",
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
@@ -38,6 +39,7 @@ MODELS = {
     "qwen3_next, hidden 2048, 8 of 48 layers": "experts, Qwen3-Next's shape, 8 of 48 layers",
     "qwen3_next, hidden 2048, 48 layers": "experts, Qwen3-Next's shape",
 }
+CAPTURED_PROMPT = 16  # tokens; longer ones are in docs/cuda-graph.md
 Rows = list[dict[str, Any]]
 
 
@@ -99,6 +101,39 @@ def _caption(of: dict[str, Any]) -> str:
         f"{machine(of)}, flash-linear-attention {of['flash-linear-attention']}; bfloat16, random weights; code of "
         f"{of['date']} ({of['revision']}). A ratio below 1 means that the patched model was slower."
     )
+
+
+def captured() -> str:
+    """Tokens a second inside `generate`: Transformers alone, patched, and patched with cuda_graph=True."""
+    data = load("graph", "graph.json")
+    rows = {
+        (row["model"], row["batch"]): row["ms a token"]
+        for row in data["results"]
+        if row.get("prompt") == CAPTURED_PROMPT and "eager" in row.get("ms a token", {})
+    }
+    batches = sorted({batch for _, batch in rows})
+    sides = {"eager": "Transformers alone", "patched": "patched", "cuda_graph": "**patched, cuda_graph=True**"}
+    lines = []
+    for model in dict.fromkeys(model for model, _ in rows):
+        cells = [rows.get((model, batch)) for batch in batches]
+        lines.append([f"**{MODELS.get(model, model)}**", *("" for _ in batches)])
+        for side, words in sides.items():
+            lines.append(
+                [
+                    f"... {words}",
+                    *(amount(b * 1000 / ms[side]) if ms else "" for b, ms in zip(batches, cells, strict=True)),
+                ]
+            )
+        lines.append(
+            ["... times Transformers alone", *(times(ms["eager"] / ms["cuda_graph"]) if ms else "" for ms in cells)]
+        )
+    head = ["tokens per second (more is better)", *(f"batch {batch}" for batch in batches)]
+    of = data["machine"]
+    caption = (
+        f"{machine(of)}, flash-linear-attention {of['flash-linear-attention']}; bfloat16, random weights, prompts of "
+        f"{CAPTURED_PROMPT} tokens; code of {of['date']} ({of['revision']})."
+    )
+    return f"{table(head, lines)}\n\n{caption}"
 
 
 def device_time() -> str:
@@ -218,6 +253,7 @@ def states() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "captured": captured,
     "tokens": tokens,
     "device time": device_time,
     "step": step,
