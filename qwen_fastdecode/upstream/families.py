@@ -126,7 +126,9 @@ class Family:
             layer.head_v_dim,
             layer.conv_kernel_size,
             self.beta_scale(layer),
-            None if self.reordering is None else getattr(getattr(layer, self.reordering), "__func__", None),
+            # By class and by instance: Dynamo finds no function under a bound method.
+            None if self.reordering is None else getattr(type(layer), self.reordering),
+            self.reordering in has,
             has.get("causal_conv1d_update"),  # up to 5.14 a layer keeps the functions that it calls
             has.get("recurrent_gated_delta_rule"),
         )
