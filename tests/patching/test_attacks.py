@@ -244,3 +244,37 @@ def test_a_user_without_a_home_has_no_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     assert tiles.cache_file() is None
     assert tiles.tuned() == {}
     tiles.tuned.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_projections_that_return_transposed_products(family: str, backend: str) -> None:
+    """(weight @ x^T)^T: the same numbers, features a batch apart."""
+    model = build(family)
+    expected = generate(model, 8)
+    for layer in linear_layers(model):
+        for name, module in layer.named_children():
+            if name.startswith("in_proj"):
+                module.forward = lambda x, weight=module.weight: (weight @ x.flatten(0, 1).T).T.unflatten(
+                    0, x.shape[:2]
+                )
+    qf.patch(model, backend=backend)
+    assert torch.equal(generate(model, 8), expected)
+    assert qf.status(model).fast_steps == 7 * LINEAR
+
+
+@pytest.mark.parametrize("wide", ["model", "rates"])
+def test_what_triton_does_not_compute_is_upstreams(wide: str) -> None:
+    """float64 weights, of all of a model or of one parameter: a fallback that says so, not an error in `generate`."""
+    model = build("qwen3_5")
+    if wide == "model":
+        model.double()
+    else:
+        for layer in linear_layers(model):
+            layer.A_log.data = layer.A_log.data.double()
+    expected = generate(model, NEW)
+    qf.patch(model, backend="triton")
+    assert torch.equal(generate(model, NEW), expected)
+    status = qf.status(model)
+    assert (status.fast_steps, status.fallbacks["a step that the backend does not compute"]) == (0, STEPS)
+    assert "computes in float32: got a float64 argument" in str(status)
