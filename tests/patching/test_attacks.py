@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from typing import Any
 
@@ -119,6 +120,7 @@ def test_a_fork_while_another_thread_asks_for_the_status() -> None:
         for _ in range(20):
             child = os.fork()
             if child == 0:
+                signal.alarm(30)  # ends a child that hangs
                 qf.status()
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
