@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
-_Dynamic: Any = cache_utils.DynamicLayer
-_Static: Any = cache_utils.StaticLayer
-_Linear: Any = cache_utils.LinearAttentionLayer
+# Releases before the oldest that is captured (`eligible.OLDEST`) do not have all of them, and nothing is of class None.
+_Dynamic: Any = getattr(cache_utils, "DynamicLayer", None)
+_Static: Any = getattr(cache_utils, "StaticLayer", None)
+_Linear: Any = getattr(cache_utils, "LinearAttentionLayer", None)
 _SPARE = 0.5  # of the free memory
 STEP = 256  # positions: a static layer's length is a multiple of it where the call's bound does not cut it short
 
