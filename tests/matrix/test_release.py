@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, LINEAR, PROMPT, USUAL, build, forward, generate, linear_layers
-from tolerances import FLOAT32, relative_rms
+from tolerances import FLOAT32_MODEL, relative_rms
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
@@ -152,7 +152,7 @@ def test_feature(family: str, feature: str, record_property: Callable[[str, Any]
     if isinstance(actual, Exception):
         raise actual
     if expected.is_floating_point():
-        assert relative_rms(actual, expected) < FLOAT32
+        assert relative_rms(actual, expected) < FLOAT32_MODEL
     else:
         assert torch.equal(actual, expected)
     assert qf.status(model).fast_steps == FEATURES[feature].steps * LINEAR
