@@ -124,11 +124,6 @@ class StepShapes(NamedTuple):
         return torch.cat([torch.arange(*span, device=device) for span in spans])
 
 
-def whole_heads(shapes: StepShapes) -> tuple[int, int]:
-    """The range of all value heads."""
-    return 0, shapes.HV
-
-
 def check_step(step: Step, recipe: Recipe) -> StepShapes:
     """Raises UnsupportedStep that names the argument, what came and what was expected; returns the step's sizes.
 

@@ -63,10 +63,11 @@ class Unsettled:
         if kept is None:
             settle(self, by_reader=True)
         _forget(self)
-        result = self.reorder_cache(*args, **kwargs)
-        if kept is not None and debt is not None:
-            owe(self, debt)
-        return result
+        try:
+            return self.reorder_cache(*args, **kwargs)
+        finally:  # also where it raised: the tensors are as stale as they were
+            if kept is not None and debt is not None:
+                owe(self, debt)
 
 
 def owe(layer: Any, debt: Debt) -> None:
