@@ -23,21 +23,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hush  # noqa: F401
-
-# isort: split
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 import qwen_fastdecode
+from benchmarks import hush  # noqa: F401
 from benchmarks.op.gpu_layers import Stack, Workload
 from qwen_fastdecode.ops.step import Step
 from qwen_fastdecode.ops.triton import launch
 from qwen_fastdecode.upstream.families import FAMILIES
 
 LAYERS = 8  # of one model: they share what was prepared
-CALLS = 25  # of every layer in a round
+CALLS = 4  # of every layer in a round: short, so that some rounds are undisturbed
 CPU = torch.device("cpu")
 
 logging.set_verbosity_error()
@@ -137,7 +135,7 @@ def _count(call: Callable[[], Tensor]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40, help="of which the fastest counts (default 40)")
+    parser.add_argument("--rounds", type=int, default=400, help="of which the fastest counts (default 400)")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

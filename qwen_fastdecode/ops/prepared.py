@@ -24,6 +24,7 @@ class Prepared:
     def __init__(self, prepare: Callable[..., Any]):
         self._prepare = prepare
         self._kinds: dict[tuple[Hashable, ...], Any] = {}
+        self._last: tuple[tuple[Hashable, ...], Any] = (), None  # layers of a model share one: no hash is needed
 
     def find(self, step: Step, recipe: Recipe, alignment: Hashable = None, *more: Hashable) -> Any:
         """Prepares on the first step of a kind; what `prepare` raises is raised, and nothing is kept."""
@@ -42,14 +43,19 @@ class Prepared:
             if cu_seqlens is None
             else (cu_seqlens.shape, cu_seqlens.stride(), cu_seqlens.dtype, cu_seqlens.device),
         )
+        last, found = self._last
+        if key == last:
+            return found
         found = self._kinds.get(key)
         if found is None:
             found = self._prepare(step, recipe, *more)
             if len(self._kinds) >= MAX_KINDS:
                 self._kinds.clear()
             self._kinds[key] = found
+        self._last = key, found
         return found
 
     def clear(self) -> None:
         """Forgets every kind."""
         self._kinds.clear()
+        self._last = (), None
