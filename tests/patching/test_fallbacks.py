@@ -448,6 +448,21 @@ def test_a_fallback_is_counted_and_upstreams_to_the_bit(case: Case, family: str)
     assert qf.status(model).fast_steps == 0
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.act is step], ids=lambda case: case.name)
+def test_a_change_between_fast_steps_is_noticed(case: Case, family: str) -> None:
+    """What a served step found is not taken for granted by the next."""
+    expected = outcome(case, build(family))
+    model = build(family)
+    qf.patch(model)
+    step(model)
+    step(model)
+    assert qf.status(model).fast_steps == 2 * LINEAR
+    assert same(outcome(case, model), expected)
+    assert qf.status(model).fallbacks[str(case.reason)] == LINEAR
+    assert qf.status(model).fast_steps == 2 * LINEAR
+
+
 def test_several_tokens_fall_back() -> None:
     expected = step(build(), tokens=PROMPT[:, :3])
     model = build()
