@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,6 @@ class Backends:
         return list(self._by_device.values())[-1].name if self._by_device else self.name
 
 
-@cache  # a compiled graph asks at every step
 def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernel cannot run on `device`; None when it can."""
     if importlib.util.find_spec("triton") is None:
