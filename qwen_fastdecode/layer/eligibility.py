@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
+from torch.utils._device import DeviceContext
 
 from ..ops.step import States
 from ..reasons import Reason
@@ -22,6 +24,7 @@ from ..upstream.known import Known
 from .plan import Plan
 
 _PLAIN = (nn.Parameter, Tensor)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx, which records a graph
 
 
 def decode_step(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> tuple[Parts, States] | Reason:
@@ -39,6 +42,8 @@ def decode_step(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> tu
     states = read_states(call.cache, layer.layer_idx)
     if isinstance(states, Reason):
         return states
+    if type(states.conv) not in _PLAIN or type(states.recurrent) not in _PLAIN:
+        return Reason.STATE_TYPE
     if not states_fit(plan, states, hidden_states):
         return Reason.UNEXPECTED_STATE
     return parts, states
@@ -63,6 +68,19 @@ def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
         return Reason.EXPORTING
     if type(hidden_states) not in _PLAIN:
         return Reason.TENSOR_TYPE
+    return None if torch.compiler.is_compiling() else _eager_reason()
+
+
+def _eager_reason() -> Reason | None:
+    """Who records or changes what is computed here, function by function: a kernel would pass him by."""
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
+        return Reason.EXPORTING
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return Reason.TRANSFORMED
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not DeviceContext for mode in modes):  # that says where new tensors are, and no more
+            return Reason.TRANSFORMED
     return None
 
 

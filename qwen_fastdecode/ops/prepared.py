@@ -17,8 +17,9 @@ _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 class Prepared:
     """What `prepare(step, recipe, *more)` returned, for every step of the same kind.
 
-    A kind is the shapes, strides, dtypes and devices of all tensors, the recipe, how tokens are read, and what the
-    caller adds (`more`, and alignments). So whatever `prepare` checks of these holds for each step that finds its own.
+    A kind is the shapes, strides, dtypes, devices and lazy signs of all tensors, the recipe, how tokens are read, and
+    what the caller adds (`more`, and alignments). So whatever `prepare` checks of these holds for each step that finds
+    its own.
     """
 
     def __init__(self, prepare: Callable[..., Any]):
@@ -39,6 +40,7 @@ class Prepared:
             *map(Tensor.stride, tensors),
             *map(_dtype, tensors),
             *map(Tensor.get_device, tensors),
+            *map(Tensor.is_neg, tensors),  # a view of -x: its memory is x
             None
             if cu_seqlens is None
             else (cu_seqlens.shape, cu_seqlens.stride(), cu_seqlens.dtype, cu_seqlens.device),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import UnsupportedStep
 from ..ops.step import Sources, Tokens, Weights
 
 
@@ -54,6 +55,9 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
 class Parts(NamedTuple):
     """What a fast step takes of a layer: modules that it calls, and weights of modules that it does not call."""
 
@@ -67,9 +71,13 @@ class Parts(NamedTuple):
         """What the input projections return for hidden_states [B, 1, hidden size], called as modules.
 
         Adapters, quantised weights and tensor parallelism live in these modules. Features lie side by side in what a
-        linear layer returns; what lies otherwise (a transposed product) is copied.
+        linear layer returns; what lies otherwise (a transposed product) is copied. Raises UnsupportedStep for what is
+        no plain tensor.
         """
         outputs = [projection(hidden_states) for projection in self.projections]
+        if not _PLAIN.issuperset(map(type, outputs)):  # a DTensor, say, whose memory is not its value
+            kinds = ", ".join(type(x).__name__ for x in outputs)
+            raise UnsupportedStep(f"the projections returned {kinds}, expected plain tensors")
         return tuple([x if x.stride(-1) == 1 else x.contiguous() for x in outputs])
 
     def project_out(self, out: Tensor) -> Tensor:
@@ -141,6 +149,7 @@ class Family:
             getattr(norm, "activation", "silu"),
             getattr(norm, "bias", None) is None,
             layer.activation,
+            *(getattr(layer, name, None) for name in ("key_dim", "value_dim")),
             layer.num_k_heads,
             layer.num_v_heads,
             layer.head_k_dim,

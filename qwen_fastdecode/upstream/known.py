@@ -20,6 +20,8 @@ _WEIGHTS = ("weight", "bias")  # of conv1d and of the norm
 # What `Family.facts` reads of a layer and of its norm, besides.
 _OF_LAYER = (
     "activation",
+    "key_dim",
+    "value_dim",
     "num_k_heads",
     "num_v_heads",
     "head_k_dim",

@@ -186,7 +186,7 @@ def steps_around(change: Callable[[Any], Any], model: nn.Module) -> list[Tensor]
     return [*logits, *cache_tensors(cache)]
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3_next", marks=pytest.mark.slow), "qwen3_5"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_step_works_with_what_is_there(change: Callable[[Any], None], family: str) -> None:
     expected = steps_around(change, build(family))
@@ -197,6 +197,19 @@ def test_the_next_step_works_with_what_is_there(change: Callable[[Any], None], f
     status, reason = qf.status(model), CHANGES[change]
     assert status.fast_steps == (3 if reason is None else 1) * LINEAR
     assert status.fallbacks.get(str(reason), 0) == (0 if reason is None else 2 * LINEAR)
+
+
+def test_sizes_that_upstream_cannot_work_with_are_upstreams_to_refuse() -> None:
+    def change(layer: Any) -> None:
+        layer.key_dim, layer.value_dim = layer.key_dim // 2, layer.value_dim + layer.key_dim
+
+    for patched in (False, True):
+        model = build()
+        if patched:
+            qf.patch(model)
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            steps_around(change, model)
+    assert qf.status(model).fallbacks[str(Reason.CHANGED_LAYER)] == 1
 
 
 def test_a_property_that_a_class_gets_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

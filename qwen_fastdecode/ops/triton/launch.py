@@ -184,6 +184,8 @@ def _check(step: Step) -> None:
     recurrent, weights = step.states.recurrent, step.weights
     if any(x.dtype == torch.float64 for x in (*step.sources, *step.states, *weights)):
         raise UnsupportedStep("the Triton backend computes in float32: got a float64 argument; use the torch backend")
+    if any(x.is_neg() for x in (*step.sources, *step.states, *weights)):
+        raise UnsupportedStep("the Triton backend reads memory as it is: got a lazily negated tensor (torch.is_neg)")
     if recurrent.stride()[2:] != (recurrent.shape[3], 1):
         raise UnsupportedStep(f"recurrent_state: got strides {recurrent.stride()}, expected contiguous heads [DK, DV]")
     for name, x in {"A_log": weights.A_log, "dt_bias": weights.dt_bias, "cu_seqlens": step.cu_seqlens}.items():
