@@ -274,6 +274,7 @@ def test_memory_that_is_not_what_a_tensor_says(what: str) -> None:
 
     def decode(model: Any) -> list[torch.Tensor]:
         _, cache = forward(model, PROMPT)
+        forward(model, PROMPT[:, 1:2], cache)  # what is prepared here is not for the next step
         for layer, kept in zip(linear_layers(model), cache.layers, strict=False):
             if what == "projection":
                 layer.in_proj_b.register_forward_hook(lambda module, args, output: negated(output))

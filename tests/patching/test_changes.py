@@ -224,3 +224,21 @@ def test_a_property_that_a_class_gets_is_read(monkeypatch: pytest.MonkeyPatch) -
     actual = steps_around(change, model)
     assert max(map(relative_rms, actual, expected)) <= FLOAT32_MODEL
     assert qf.status(model).fast_steps == 3 * LINEAR
+
+
+def test_a_method_that_a_class_gets_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that qwen3_next splits its projections by."""
+    name = "fix_query_key_value_ordering"
+
+    def change(layer: Any) -> None:
+        own = vars(type(layer))[name]
+        if own.__name__ == name:  # of the first layer
+            monkeypatch.setattr(type(layer), name, lambda *args: [x.flip(1) for x in own(*args)])
+
+    expected = steps_around(change, build("qwen3_next"))
+    monkeypatch.undo()
+    model = build("qwen3_next")
+    qf.patch(model)
+    actual = steps_around(change, model)
+    assert max(map(relative_rms, actual, expected)) <= FLOAT32_MODEL
+    assert qf.status(model).fallbacks[str(Reason.CHANGED_LAYER)] == 2 * LINEAR
