@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.utils import fresh_cache
 
 import qwen_fastdecode
 from benchmarks.op.gpu_layers import installed_kernels, pytorch_functions
 from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import Batch
+from qwen_fastdecode.cli.compare.sides import compiled
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Side:
             if not self.fla:
                 stack.enter_context(pytorch_functions(source_of(model)))
             if self.compiled:
-                stack.enter_context(_compiled(model))
+                stack.enter_context(compiled(model))
             if self.patch is not None:
                 stack.enter_context(qwen_fastdecode.patched(model, backend=_backend(model), **self.patch))
             yield
@@ -64,21 +64,6 @@ SIDES = {
     "patched_compiled": Side(patch={}, compiled=True),
     "fla_compiled": Side(fla=True, compiled=True),
 }
-
-
-@contextmanager
-def _compiled(model: Any) -> Iterator[None]:
-    """Nothing compiled before is used, neither from this process nor from the disk."""
-    torch._dynamo.reset()
-    model.generation_config.cache_implementation = "static"
-    try:
-        with fresh_cache():
-            yield
-    finally:
-        model.generation_config.cache_implementation = None
-        for name in ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length"):
-            vars(model).pop(name, None)
-        torch._dynamo.reset()
 
 
 def _backend(model: Any) -> Any:
