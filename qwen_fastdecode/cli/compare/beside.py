@@ -79,7 +79,7 @@ def _reasons(found: Any) -> str:
 
 
 def run_compiled(sides: Sides, judge: Judge) -> tuple[Beside, Start | None]:
-    """Transformers' compiled step, all in one go: leaving it loses what was compiled. Its failure is not the patch's."""
+    """Transformers' compiled step, all in one go: leaving it loses what was compiled. Its failure is not ours."""
     sides.announce("everything", COMPILED)
     clock, begun = Clock(), perf_counter()
     try:

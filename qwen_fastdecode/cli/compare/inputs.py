@@ -175,9 +175,7 @@ def _load(what: str, loader: Any, name: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if isinstance(
-            error.__cause__, GatedRepoError
-        ):  # what the Hub tells of such a model is public, its files are not
+        if isinstance(error.__cause__, GatedRepoError):  # its files are gated; what `_find` asks for is public
             raise BadInput(GATED.format(name)) from error
         raise BadInput(f"cannot load the {what} of {name}: {_first_line(error)}") from error
 

@@ -154,7 +154,7 @@ def _sample(
 
 
 def total_runs(model: Any, settings: Settings) -> int:
-    """What a comparison announces at most: on each side greedy, logits, memory and the timed ones, and what is beside."""
+    """Announced at most: on each side greedy, logits, memory and the timed ones; what is beside; float32."""
     beside = beside_them.missing(model, settings.beside)
     running = [side for side, why in beside.items() if not why]
     of_graph = (2 + settings.repeat) * (CUDA_GRAPH in running)
