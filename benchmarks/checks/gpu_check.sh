@@ -6,6 +6,7 @@
 # Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only
 #   dense experts   whole models: the float32 tokens of every side, then their speed; --sides eager,patched for some. Rows
 #                   that the folder holds are not measured again
+#   norms           the norm of a captured step beside upstream's: bits, microseconds
 #   graph           what is true of cuda_graph=True beside its speed
 #   ways            CUDA graphs by hand, reduce-overhead, bitsandbytes
 # All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs the same code
@@ -21,7 +22,7 @@ while [ $# -gt 0 ]; do
     --sides) sides=(--sides "${2:?--sides needs names}"); shift ;;
     --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
     dense | experts) sections+=("tokens-$1" "generate-$1") ;;
-    correctness | sanitize | tiles | speed | graph | ways) sections+=("$1") ;;
+    correctness | sanitize | tiles | speed | norms | graph | ways) sections+=("$1") ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
   shift
@@ -32,7 +33,7 @@ export PATH=$PATH:/usr/local/cuda/bin # where CUDA keeps compute-sanitizer
 python=${PYTHON:-python3} failed=()
 declare -A module=(
   [correctness]=checks.gpu_correctness [sanitize]=checks.gpu_sanitize [tiles]=op.gpu_tiles [speed]=op.gpu_speed
-  [tokens]=models.gpu_tokens [generate]=models.gpu_generate [graph]=models.gpu_graph [ways]=models.gpu_ways
+  [tokens]=models.gpu_tokens [generate]=models.gpu_generate [norms]=op.gpu_norms [graph]=models.gpu_graph [ways]=models.gpu_ways
 )
 mkdir -p "$out"
 for section in "${sections[@]}"; do
