@@ -51,6 +51,9 @@ class GraphStatus:
     replays: int = 0
     tokens: int = 0  # that replays gave: one a sequence
     grouped_calls: int = 0  # calls in which experts kept grouped_mm while decoding
+    norms: int = 0  # of the last capture: run as one kernel each, to upstream's bits
+    norms_in_three: int = 0  # as three
+    norms_left: dict[str, int] = field(default_factory=dict)  # those that are upstream's own there, by the reason
     reasons: dict[str, int] = field(default_factory=dict)  # calls, or the rest of them, that ran eagerly
     details: dict[str, str] = field(default_factory=dict)
 
@@ -62,6 +65,11 @@ class GraphStatus:
         ]
         if self.grouped_calls:
             lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
+        for norms, kernels in ((self.norms, "one kernel"), (self.norms_in_three, "3 kernels")):
+            if norms:
+                lines.append(f"cuda_graph: {norms} norms run as {kernels} each instead of 10, to the same bits")
+        for reason, count in sorted(self.norms_left.items()):
+            lines.append(f"cuda_graph: {count} norms are upstream's own: {reason}")
         for reason, count in sorted(self.reasons.items()):
             detail = f" ({self.details[reason]})" if reason in self.details else ""
             lines.append(f"cuda_graph: eager: {reason}: {count}{detail}")

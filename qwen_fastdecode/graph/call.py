@@ -26,6 +26,7 @@ from . import eligible
 from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
 from .capture import Graph, tensors_in, wait
 from .fingerprint import Fingerprint, PythonState, switches
+from .norms import Norms
 from .reasons import Eager
 from .state import GIVE_UP_AFTER, State
 from .tally import Tally
@@ -158,10 +159,11 @@ class Call:
         growing = self._growing
         assert growing is not None
         self._captures += 1
+        norms = Norms(self._model, self._batch)
         python, values = PythonState(self._model), growing.python_values()
         tally = Tally(self._model)
         try:
-            graph = Graph(self._state.pool(self._model.device), self._model, inputs)
+            graph = Graph(self._state.pool(self._model.device), norms.stood_in_for(self._model), inputs)
         except Exception as error:  # whatever a forward may raise: the eager step raises it again if it is not ours
             python.put_back()
             tally.recorded()
@@ -174,6 +176,7 @@ class Call:
         if changed is not None or values != growing.python_values():
             return self._leave(self._model(**inputs), Eager.SIDE_EFFECT, changed or "the cache")
         self._state.add(captures=1)
+        self._state.norms = norms
         self._fingerprint = Fingerprint(self._model), growing.addresses(), switches()
         outputs, distance = self._compared(graph, inputs)
         if not distance <= DISTANCE.get(self._model.dtype, 0.0):
