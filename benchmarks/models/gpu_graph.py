@@ -11,7 +11,7 @@ import sys
 import time
 import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,33 +115,6 @@ def speeds(model: Any, name: str, sides: dict[str, Side], batch: int, length: in
     return row
 
 
-@contextmanager
-def compiled_norms(model: Any) -> Iterator[None]:
-    """Upstream's norms compiled, a graph a class: its modules differ in weights alone."""
-    classes = {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
-    kept = {norm: norm.forward for norm in classes}
-    for norm, forward in kept.items():
-        norm.forward = torch.compile(forward)
-    try:
-        yield
-    finally:
-        for norm, forward in kept.items():
-            norm.forward = forward
-        torch._dynamo.reset()
-
-
-def norms(model: Any, name: str, batch: int) -> Row:
-    """What is left for a compiler once the step is one graph: ms a token with norms as they are and compiled."""
-    inputs, row = prompts(model, batch, PROMPT), {"model": name, "batch": batch, "prompt": PROMPT}
-    for what, enter in {"norms": lambda _: nullcontext(), "norms compiled": compiled_norms}.items():
-        with enter(model), captured(model):
-            start = time.perf_counter()
-            generate(model, inputs, NEW_TOKENS)
-            row[f"{what}: s, first call"] = time.perf_counter() - start
-            row[f"{what}: ms a token"] = statistics.median(generate(model, inputs, NEW_TOKENS).step_ms[6:])
-    return row
-
-
 def memory(model: Any, name: str) -> Row:
     """MiB allocated and reserved before and after ten calls of ten shapes, and after the patch is off."""
     shapes = [(1, 16), (2, 40), (3, 100), (5, 16), (8, 300), (12, 64), (16, 16), (24, 128), (32, 32), (7, 500)]
@@ -212,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
-    parser.add_argument("--sections", default="failures,dense,experts,norms,long", help="which, separated by commas")
+    parser.add_argument("--sections", default="failures,dense,experts,long", help="which, separated by commas")
     arguments = parser.parse_args()
     tiny = arguments.dry_run
     device = torch.device("cpu" if tiny else "cuda")
@@ -228,7 +201,7 @@ def main() -> int:
     with torch.no_grad():
         if "failures" in wanted and not tiny:
             note(failures(device))
-        if {"dense", "norms", "long"} & {*wanted}:
+        if {"dense", "long"} & {*wanted}:
             _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 128), device, wanted, note)
         if "experts" in wanted:
             _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 32), device, ["experts"], note)
@@ -246,9 +219,6 @@ def _run(shape: ModelShape, batches: tuple[int, ...], device: torch.device, want
             note(memory(model, name))
             for batch, length in ((1, 300), (8, 300), (8, 310)):
                 note(noise(model, name, batch, length))
-    if "norms" in wanted:
-        for batch in batches:
-            note(norms(model, name, batch))
     if "long" in wanted:
         sides = {side: SIDES[side] for side in ("patched", "cuda_graph")}
         for batch, length in ((1, 100), (2, 40)) if tiny else ((1, 4096), (1, 32768), (8, 8192), (32, 2048)):

@@ -12,7 +12,6 @@ from benchmarks.op.gpu_table import table
 
 Row = dict[str, Any]
 SIDES = ("patched", "cuda_graph")
-OF_NORMS = ("ms a token", "s, first call")
 
 
 def markdown(machine: Row, rows: list[Row]) -> str:
@@ -51,12 +50,6 @@ def _checks(rows: list[Row]) -> Iterator[str]:
             yield (
                 f"{row['model']}, batch {row['batch']} x {row['prompt']}: first replay from eager "
                 f"{row['replay from eager']:.1e}, eager from itself {row['eager from eager']:.1e}"
-            )
-        elif "norms: ms a token" in row:
-            ms, seconds = ([row[f"{what}: {of}"] for what in ("norms", "norms compiled")] for of in OF_NORMS)
-            yield (
-                f"{row['model']}, batch {row['batch']}: captured {ms[0]:.2f} ms a token, norms compiled {ms[1]:.2f}; "
-                f"first call {seconds[0]:.1f} and {seconds[1]:.1f} s"
             )
         elif "fingerprint us" in row:
             yield f"{row['model']}: asking whether anything changed takes {row['fingerprint us']:.0f} us of the host"

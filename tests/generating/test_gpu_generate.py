@@ -58,13 +58,18 @@ def test_a_side_that_is_wrong_once_or_not_proved_has_no_speed(
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
-    rows = [{"batch": 1, "side": "eager", "ms_a_token": 7}, {"batch": 1, "side": "patched", "error": "memory"}]
+    rows = [
+        {"batch": 1, "side": "eager", "rounds_ms": [7.3, 9, 7]},
+        {"batch": 1, "side": "patched", "error": "memory"},
+        {"batch": 1, "side": "compiled", "rounds_ms": [7, 9]},  # of a busy host
+    ]
     write(tmp_path, "generate-dense", rows)
     results = gpu_generate.Results(str(tmp_path), "dense")
     gpu_generate.measure(build(TINY, CPU, torch.bfloat16), "tiny", "dense", {**SOME}, (1,), results)
     kept, *new = json.loads((tmp_path / "generate-dense.json").read_text())["results"]
     assert kept == rows[0]
     assert [(row["batch"], row["side"]) for row in new] == [(1, "patched"), (1, "compiled")]
+    assert all(gpu_generate.settled(row["rounds_ms"]) and len(row["first_call_ms"]) == 99 for row in new)
     assert all(0 < row["first_s"] < row["hundredth_s"] and row["logits"] < 0.15 for row in new)
     assert all(row["tokens_per_s"] == pytest.approx(1e3 / row["ms_a_token"]) for row in new)
 
