@@ -4,10 +4,12 @@ generate-MODEL.json: {"machine": {...}, "results": [row, ...]}, a row a model, b
 
     model, batch, side    as `gpu_models` and `sides` name them
     prompt                tokens before the first new one
-    ms_a_token            of one token of every sequence: the best round's median; rounds_ms has every round's
+    ms_a_token            of one token of every sequence: the best round's median. rounds_ms has every round's: until
+                          the two best are near each other, as other programs slow the host down
     tokens_per_s          of all sequences together
     first_s, hundredth_s  from before the side is entered (patching included) until the token is there, in the first
                           call of this side with this batch: what it compiles is compiled in it, from empty caches
+    first_call_ms         of the tokens of that first call, from the second on
     device_ms             what the device works for a token; what is left of ms_a_token is the host's. null on a CPU
     kernels               whose kernels the gated DeltaNet layers ran, by the profiler. null on a CPU
     logits                relative RMS from Transformers alone, over the same forced tokens
@@ -39,7 +41,8 @@ from qwen_fastdecode.cli.compare.generation import Batch, Clock, forced_logits, 
 
 LAYERS = {"dense": 32, "experts": 8}
 BATCHES, COMPILED_BATCHES = (1, 32, 8, 128), ((1, 32), (8, 128))  # the most important first
-PROMPT, HUNDRED, NEW_TOKENS, ROUNDS, FORCED = 16, 100, 48, 2, 12
+PROMPT, HUNDRED, NEW_TOKENS, FORCED = 16, 100, 48, 12
+NEAR, MOST_ROUNDS = 1.05, 5
 SETTLED = 6  # steps of a call, after which nothing is tuned or captured any more
 PROFILE_FROM, PROFILED = 10, 4  # tokens
 # bfloat16: the roundings of all layers add up to some percent; with experts, to other experts being chosen. Logits of
@@ -61,14 +64,15 @@ class Results:
         for fact in ("device", "torch", "transformers", "kernel"):
             if earlier["machine"].get(fact) != machine().get(fact):
                 raise ValueError(f"{path} is of {fact} {earlier['machine'].get(fact)}, not {machine().get(fact)}")
-        self.rows: list[Row] = [row for row in earlier["results"] if "error" not in row]
+        self.rows: list[Row] = [row for row in earlier["results"] if "error" not in row and settled(row["rounds_ms"])]
 
     def lacks(self, batch: int, side: str) -> bool:
         return not any((row["batch"], row["side"]) == (batch, side) for row in self.rows)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print({key: value for key, value in shown.items() if key != "first_call_ms"}, flush=True)
         write_section(self._folder, self._name, self.rows)
 
 
@@ -93,9 +97,9 @@ def in_turns(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) ->
     """Sides that do not compile: the first call of each, then rounds of all."""
     expected = _expected(model, inputs)
     found = {name: _first_call(model, inputs, side, expected, limit) for name, side in sides.items()}
-    for _ in range(ROUNDS):
+    for _ in range(MOST_ROUNDS):
         for name, side in sides.items():
-            if "error" not in found[name]:
+            if "error" not in found[name] and not settled(found[name]["rounds_ms"]):
                 found[name] = _another_round(model, inputs, side, found[name])
     yield from ((name, _with_speed(row, inputs)) for name, row in found.items())
 
@@ -104,7 +108,13 @@ def compiled(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) ->
     """Sides that compile, each for itself: leaving one loses what it compiled."""
     expected = _expected(model, inputs)
     for name, side in sides.items():
-        yield name, _with_speed(_first_call(model, inputs, side, expected, limit, rounds=ROUNDS), inputs)
+        yield name, _with_speed(_first_call(model, inputs, side, expected, limit), inputs)
+
+
+def settled(rounds_ms: list[float]) -> bool:
+    """Whether the speed of a side is known: its two best rounds are near each other, or there have been enough."""
+    best = sorted(rounds_ms)[:2]
+    return len(rounds_ms) >= MOST_ROUNDS or (len(best) == 2 and best[1] <= NEAR * best[0])
 
 
 def _expected(model: Any, inputs: Batch) -> Tensor:
@@ -112,8 +122,8 @@ def _expected(model: Any, inputs: Batch) -> Tensor:
         return forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED))
 
 
-def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: float, rounds: int = 0) -> Row:
-    """The first call, as a program begins; what was computed in it, by which kernels; and the rounds in one go."""
+def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: float) -> Row:
+    """The first call, as a program begins; what the side computes, by which kernels; if it compiles, its rounds too."""
     clock = Clock()
     _wait(model)
     start = time.perf_counter()
@@ -121,8 +131,10 @@ def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: 
         with side.entered(model):
             generate(model, inputs, HUNDRED, clock)
             row = {"first_s": clock.arrivals[1] - start, "hundredth_s": clock.arrivals[HUNDRED] - start}
+            row |= {"first_call_ms": [round(ms, 2) for ms in clock.step_ms], "rounds_ms": []}
             row |= _device_work(model, inputs)
-            row |= {"rounds_ms": [_round(model, inputs) for _ in range(rounds)]}
+            while side.compiled and not settled(row["rounds_ms"]):
+                row["rounds_ms"].append(_round(model, inputs))
             tokens = forced_tokens(model, len(expected), FORCED)
             row["logits"] = distance(forced_logits(model, inputs, tokens), expected)
         assert row["logits"] < limit, f"logits differ by {row['logits']:.2e}"

@@ -42,7 +42,7 @@ class Judge:
         self._prompts, self._exact = prompts, exact
         self.text = text  # Transformers', greedy
         self._logits = logits  # Transformers', of that text
-        self._apart = apart  # how far the patched side's are from them
+        self._apart = apart  # how far the patched side's are from them, or may be
 
     def __call__(self, runs: Sequence[Run], logits: Tensor) -> tuple[GreedyAgreement, LogitsDistance, list[str]]:
         """The agreement, and what is wrong with it."""
@@ -52,7 +52,7 @@ class Judge:
             return greedy, distance, differing_texts(greedy)
         found = distance.relative_rms
         right = found <= NOISE * self._apart  # false for NaN
-        said = f"logits are {apart(found)} from upstream's, not within {NOISE:g} times the patched {apart(self._apart)}"
+        said = f"logits are {apart(found)} from upstream's, not within {NOISE:g} times {apart(self._apart)}"
         return greedy, distance, [] if right else [said]
 
 

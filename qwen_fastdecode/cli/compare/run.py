@@ -31,7 +31,7 @@ from .result import (
     Speed,
     Start,
 )
-from .sides import Settings, Sides
+from .sides import Settings, Sides, told
 from .upstream import upstream_kernels
 
 ROOM = 2.0  # times the bytes of the weights in float32: what making that copy, and running it, may take
@@ -73,7 +73,8 @@ def compare(
     distances = logits[2], LogitsDistance.between(*logits[:2])
     parity = Parity(setup.dtype, *distances, greedy, float32, absent, settings.state_dtype)
     sample = _sample(tokenizer, prompts, greedy.first_prompt or 0, *texts[0], wide)
-    judge = beside_them.Judge(prompts, parity.exact, upstream.tokens, logits[0], distances[1].relative_rms)
+    apart = max(distances[1].relative_rms, parity.max_layer_distance)
+    judge = beside_them.Judge(prompts, parity.exact, upstream.tokens, logits[0], apart)
     if CUDA_GRAPH in running and not parity.failures:
         beside[CUDA_GRAPH] = beside_them.captured(sides, judge)
     result = Comparison(setup, parity, None, sample, beside, starts)
@@ -92,7 +93,8 @@ def _starts(sides: Sides, running: Sequence[str]) -> dict[str, Start]:
     """Of each side that compiles nothing, where something is compared beside the two."""
     if not running:
         return {}
-    generate(sides.model, sides.batch, 4)  # what every program pays: the device and its libraries
+    with told("first call", UPSTREAM):
+        generate(sides.model, sides.batch, 4)  # what every program pays: the device and its libraries
     return {
         side: sides.start(side) for side in (UPSTREAM, PATCHED, CUDA_GRAPH) if side != CUDA_GRAPH or side in running
     }
