@@ -61,13 +61,10 @@ class GraphStatus:
         lines = [f"cuda_graph: {captured} (distance {self.worst:.1e})" if self.captures else NOTHING_CAPTURED]
         if self.grouped_calls:
             lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
-        return "\n".join([*lines, *self._eager])
-
-    @property
-    def _eager(self) -> list[str]:
-        """Why calls, or the rest of them, ran eagerly."""
-        details = {reason: f" ({detail})" for reason, detail in self.details.items()}
-        return [f"cuda_graph: eager: {x}: {count}{details.get(x, '')}" for x, count in sorted(self.reasons.items())]
+        for reason, count in sorted(self.reasons.items()):
+            detail = f" ({self.details[reason]})" if reason in self.details else ""
+            lines.append(f"cuda_graph: eager: {reason}: {count}{detail}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
