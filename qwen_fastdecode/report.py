@@ -17,6 +17,7 @@ COUNTING = (
     "Counters count eager steps and those that cuda_graph=True replays; steps inside torch.compile or somebody else's "
     "CUDA graphs are not counted."
 )
+NOTHING_CAPTURED = "cuda_graph: nothing was captured"
 CUDA_GRAPH_HINT = (
     "patch(model, cuda_graph=True) also runs decode steps of generate as one CUDA graph: docs/cuda-graph.md"
 )
@@ -58,11 +59,9 @@ class GraphStatus:
     details: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"cuda_graph: {self.captures} captured, {self.replays} replays, {self.tokens} tokens; "
-            f"{self.compared} of {self.captures} first replays were compared with an eager step (distance "
-            f"{self.worst:.1e})"
-        ]
+        compared = f"{self.compared} of {self.captures} first replays were compared with an eager step"
+        captured = f"{self.captures} captured, {self.replays} replays, {self.tokens} tokens; {compared}"
+        lines = [f"cuda_graph: {captured} (distance {self.worst:.1e})" if self.captures else NOTHING_CAPTURED]
         if self.grouped_calls:
             lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
         for norms, kernels in ((self.norms, "one kernel"), (self.norms_in_three, "3 kernels")):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.op.gpu_table import table
+from benchmarks.markdown import table
 
 Row = dict[str, Any]
 SIDES = ("patched", "cuda_graph")

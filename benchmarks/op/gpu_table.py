@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
+
 OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
 KNOWN = (OURS, PYTORCH, INSTALLED)
 Row = dict[str, Any]
@@ -163,11 +165,6 @@ def _said(rows: Sequence[Row]) -> Iterable[str]:
 def shown(tile: Iterable[int] | None) -> str:
     """A tile in few letters, block_v/num_warps/num_stages/max_registers; None is the one of the tile table."""
     return "table's" if tile is None else "/".join(map(str, tile))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _rounded(values: dict[str, float | None]) -> Iterable[tuple[str, str]]:

@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import PatchError
 from ..layer import install
 from .arguments import Exit
+from .run_checks import refusal
 from .run_report import Report
 
 
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the program to its end. What it raises comes through, without this package's frames in the traceback."""
     if not args.program:
         args.parser.error("expected a SCRIPT, or -m and a MODULE")
-    if args.backend == "triton" and importlib.util.find_spec("triton") is None:
-        args.parser.error("--backend triton: triton is not installed")
+    why_not = refusal(args.backend, strict=args.strict)
+    if why_not is not None:
+        args.parser.exit(Exit.BAD_INPUT, f"{args.parser.prog}: {why_not}\n")
     name, *arguments = args.program
     report = Report()
     refused = patch_imports(

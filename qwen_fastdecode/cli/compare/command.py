@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import os
 import sys
 import traceback
@@ -20,6 +19,7 @@ import transformers
 from ...errors import BadInput
 from ...switch import KILL_SWITCH, switched_off
 from ..arguments import Exit
+from ..quiet import quiet_imports
 from .inputs import (
     check_batch,
     check_plot,
@@ -89,8 +89,7 @@ def silence_libraries() -> None:
     """Leaves stderr to this command's own line or bar, and to the bar of loading weights on a terminal."""
     transformers.logging.set_verbosity_error()  # it warns that faster packages are missing; the table says what ran
     huggingface_hub.logging.set_verbosity_error()  # it logs every retry
-    for name in ("torchao", "torch.utils._pytree"):  # Transformers imports torchao where it is, and that complains
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory.py announces itself
