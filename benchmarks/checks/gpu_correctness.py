@@ -11,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from types import SimpleNamespace
 
 import torch
 
@@ -20,10 +19,11 @@ from benchmarks.op.gpu_clock import Replay
 from benchmarks.op.gpu_step import Shape, Step, check, compare, pick, random_step
 from benchmarks.op.gpu_table import shown
 from qwen_fastdecode.ops.reference import decode_reference
+from qwen_fastdecode.ops.step import Weights
 from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
-from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, reader
+from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, Parts, reader
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKERS = 12
@@ -122,11 +122,9 @@ def _reads_transposed_projections(shape: Shape, tile: Tile | None, device: torch
     sizes = HeadSizes(shape.HK, shape.HV, shape.DK, shape.DV, shape.W)
     family = FAMILIES["qwen3_5"]
     weights = [torch.randn(n, 64, device=device, dtype=shape.dtype) / 8 for n in family.projection_sizes(sizes)]
-    modules = {
-        name: lambda x, weight=weight: (weight @ x[:, 0].T).T.unsqueeze(1)
-        for name, weight in zip(family.projections, weights, strict=True)
-    }
-    tokens = reader(family, sizes)(family.project(SimpleNamespace(**modules), hidden))
+    projections = [lambda x, weight=weight: (weight @ x[:, 0].T).T.unsqueeze(1) for weight in weights]
+    parts = Parts(tuple(projections), None, None, None, Weights(*step.tensors[8:]))
+    tokens = reader(family, sizes)(parts.project(hidden))
     return check(replace(step, tensors=(*tokens, *step.tensors[6:])), partial(decode_triton, tile=tile))
 
 

@@ -114,7 +114,7 @@ class Stack(nn.Module):
         """Layer i's step as arguments of the op."""
         layer: Any = self.layers[i]
         family = FAMILIES[self.workload.family]
-        views = reader(family, self.sizes)(family.project(layer, self.hidden_states))
+        views = reader(family, self.sizes)(family.parts(layer).project(self.hidden_states))
         weights = layer.conv1d.weight.squeeze(1), layer.A_log, layer.dt_bias, layer.norm.weight
         heads = (0, self.workload.HV)
         options = {"eps": layer.norm.variance_epsilon, "gate": "silu", "cu_seqlens": None, "heads": heads}

@@ -125,7 +125,8 @@ def _reference(layer: Any, hidden_states: Tensor, states: list[Tensor]) -> list[
     """Output and both states after the step, in float64 but for the states' own rounding."""
     family = FAMILIES["qwen3_next"]
     own = States(states[0].clone(), states[1].clone())
-    step = Step(family.project(layer, hidden_states), reader(family, HeadSizes.of(layer)), own, family.weights(layer))
+    parts = family.parts(layer)
+    step = Step(parts.project(hidden_states), reader(family, HeadSizes.of(layer)), own, parts.weights)
     return [decode_reference(step, Recipe((0, HV), layer.layer_norm_epsilon)), *own]
 
 

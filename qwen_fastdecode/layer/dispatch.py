@@ -19,8 +19,9 @@ from ..reasons import Reason
 from ..steps.full import settle_outside_graphs
 from ..upstream.caches import cache_layer, convert_recurrent_state
 from ..upstream.calls import Call, call_reader
+from ..upstream.families import Parts
 from ..upstream.unsettled import Unsettled
-from .eligibility import decode_states
+from .eligibility import decode_step
 from .plan import Plan
 
 _PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from
@@ -44,14 +45,12 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         call = None if plan is None or plan is EXCLUDED else read(args, kwargs)
         if call is None:  # not ours, or one that upstream refuses
             return original(self, hidden_states, *args, **kwargs)
-        states = decode_states(plan, self, hidden_states, call)
-        if not isinstance(states, Reason):
-            states = _decode(plan, self, hidden_states, call, _convert(plan, self, call, states))
-            if not isinstance(states, Reason):
-                return states
-        _before_upstream(plan, self, call, states)
+        out = _decode(plan, self, hidden_states, call)
+        if not isinstance(out, Reason):
+            return out
+        _before_upstream(plan, self, call, reason := out)
         out = original(self, hidden_states, *args, **kwargs)
-        _after_upstream(plan, self, hidden_states, call, states)
+        _after_upstream(plan, self, hidden_states, call, reason)
         return out
 
     _originals[forward] = original
@@ -63,16 +62,21 @@ def original_of(forward: Any) -> Callable[..., Tensor] | None:
     return _originals.get(forward) if inspect.isfunction(forward) else None
 
 
-def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, states: States) -> Tensor | Reason:
-    """The layer's output by a fast step, or why no backend computes it."""
+def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> Tensor | Reason:
+    """The layer's output by a fast step, or why there is none."""
+    found = decode_step(plan, layer, hidden_states, call)
+    if isinstance(found, Reason):
+        return found
+    parts, states = found
+    states = _convert(plan, layer, call, states)
     step = plan.strategy.for_batch(hidden_states.shape[0])
     its_cache = cache_layer(call.cache, layer.layer_idx)
     if torch.compiler.is_compiling():  # counters would be guarded, and recompile the graph every step
-        if _refused_in_graphs(plan, layer, states):
+        if _refused_in_graphs(plan, parts, states):
             return Reason.UNSUPPORTED_STEP
-        return step.run(layer, hidden_states, its_cache, states)
+        return step.run(parts, hidden_states, its_cache, states)
     try:
-        out = step.run(layer, hidden_states, its_cache, states)
+        out = step.run(parts, hidden_states, its_cache, states)
     except UnsupportedStep as error:
         plan.unsupported = str(error)
         return Reason.UNSUPPORTED_STEP
@@ -80,11 +84,11 @@ def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, states: S
     return out
 
 
-def _refused_in_graphs(plan: Plan, layer: Any, states: States) -> bool:
+def _refused_in_graphs(plan: Plan, parts: Parts, states: States) -> bool:
     """Of what a backend refuses, that which would otherwise show only when the graph runs."""
     if overlaps(states.conv) or overlaps(states.recurrent):
         return True
-    if all(x.dtype != torch.float64 for x in (*states, *plan.family.weights(layer))):
+    if all(x.dtype != torch.float64 for x in (*states, *parts.weights)):
         return False
     return plan.strategy.backends.on(states.conv.device).name == "triton"  # (a look-up that Dynamo would guard)
 
@@ -103,9 +107,9 @@ def _after_upstream(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, r
     """A prompt's pass leaves a state that the next step decodes from: it is converted here, where nothing compiles."""
     if plan.settings.state_dtype is not None and reason in _PROMPT:
         # The prompt's mask says nothing of the token that follows it.
-        states = decode_states(plan, layer, hidden_states[:, -1:], call._replace(attention_mask=None))
-        if not isinstance(states, Reason):
-            _convert(plan, layer, call, states)
+        found = decode_step(plan, layer, hidden_states[:, -1:], call._replace(attention_mask=None))
+        if not isinstance(found, Reason):
+            _convert(plan, layer, call, found[1])
 
 
 def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:

@@ -10,33 +10,43 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _every_module
+from torch.utils._device import DeviceContext
 
 from ..ops.step import States
 from ..reasons import Reason
 from ..switch import switched_off
 from ..upstream.caches import read_states
 from ..upstream.calls import Call
+from ..upstream.families import Parts
+from ..upstream.known import Known
 from .plan import Plan
 
 _PLAIN = (nn.Parameter, Tensor)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx, which records a graph
 
 
-def decode_states(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> States | Reason:
-    """The states to update if this call is a fast decode step, else why it is not; the cheapest questions first."""
+def decode_step(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> tuple[Parts, States] | Reason:
+    """What a fast step takes of the layer and the states to update, or why this call is none. Cheap questions first."""
     if hidden_states.shape[1] != 1:
         return Reason.SEVERAL_TOKENS
     if call.cache is None:
         return Reason.NO_CACHE
-    reason = _call_reason(hidden_states, call) or _layer_reason(plan, layer, hidden_states.device)
+    reason = _call_reason(hidden_states, call)
     if reason is not None:
         return reason
+    parts = _usable_parts(plan, layer, hidden_states.device)
+    if isinstance(parts, Reason):
+        return parts
     states = read_states(call.cache, layer.layer_idx)
     if isinstance(states, Reason):
         return states
+    if type(states.conv) not in _PLAIN or type(states.recurrent) not in _PLAIN:
+        return Reason.STATE_TYPE
     if not states_fit(plan, states, hidden_states):
         return Reason.UNEXPECTED_STATE
-    return states
+    return parts, states
 
 
 def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
@@ -58,27 +68,53 @@ def _call_reason(hidden_states: Tensor, call: Call) -> Reason | None:
         return Reason.EXPORTING
     if type(hidden_states) not in _PLAIN:
         return Reason.TENSOR_TYPE
+    return None if torch.compiler.is_compiling() else _eager_reason()
+
+
+def _eager_reason() -> Reason | None:
+    """Who records or changes what is computed here, function by function: a kernel would pass him by."""
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(_PROXY) is not None:
+        return Reason.EXPORTING
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return Reason.TRANSFORMED
+    if torch._C._len_torch_function_stack():
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(type(mode) is not DeviceContext for mode in modes):  # that says where new tensors are, and no more
+            return Reason.TRANSFORMED
     return None
 
 
-def _layer_reason(plan: Plan, layer: Any, device: torch.device) -> Reason | None:
-    family = plan.family
-    if family.facts(layer) != plan.facts:
-        return Reason.CHANGED_LAYER
+def _usable_parts(plan: Plan, layer: Any, device: torch.device) -> Parts | Reason:
+    """The layer's parts, if a fast step may stand in for them now."""
+    known = None if torch.compiler.is_compiling() else plan.known  # Dynamo guards what a full look reads
+    same = None if known is None else known.parts_of(layer)
+    parts = _checked_parts(plan, layer) if same is None else same
+    if isinstance(parts, Reason):
+        return parts
     for owner, name, function in plan.replaced:
         if getattr(owner, name, None) is not function:
             return Reason.CHANGED_UPSTREAM
     if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
         return Reason.GLOBAL_HOOKS
-    conv1d, norm = family.read_modules(layer)
-    if _is_hooked(conv1d) or _is_hooked(norm):
+    if _is_hooked(parts.conv1d) or _is_hooked(parts.norm):
         return Reason.HOOKED_SUBMODULE
-    for weight in family.weights(layer):
-        if type(weight) not in _PLAIN:
-            return Reason.WEIGHT_TYPE
+    for weight in parts.weights:
         if weight.device != device:
             return Reason.WEIGHTS_ELSEWHERE
-    return None
+    return parts
+
+
+def _checked_parts(plan: Plan, layer: Any) -> Parts | Reason:
+    """The layer's parts, after a look at all that the plan was made from. Eager calls then know the layer again."""
+    known = None if torch.compiler.is_compiling() else Known.of(layer, plan.family)
+    if plan.family.facts(layer) != plan.facts:
+        return Reason.CHANGED_LAYER
+    parts = plan.family.parts(layer)
+    if any(type(weight) not in _PLAIN for weight in parts.weights):
+        return Reason.WEIGHT_TYPE
+    if known is not None:
+        plan.known = known
+    return parts
 
 
 def _is_hooked(module: nn.Module) -> bool:

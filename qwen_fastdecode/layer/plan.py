@@ -17,6 +17,7 @@ from ..reasons import Reason
 from ..steps.full import FullStep
 from ..steps.split import SplitStep, split_heads
 from ..upstream.families import FAMILIES, Family, HeadSizes, read_norm
+from ..upstream.known import Known
 from ..upstream.seams import Upstream, stood_in_for
 from ..upstream.sharding import ranks_of
 
@@ -62,6 +63,7 @@ class Plan:
         self.settings = settings
         self.strategy: FullStep | SplitStep = strategy
         self.facts = self.family.facts(layer)
+        self.known: Known | None = None  # the layer as the last call found it, when it was all right
         self.replaced = stood_in_for(upstream)
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence

@@ -128,7 +128,7 @@ def _compare(upstream: Upstream, forward: Forward, dtype: torch.dtype) -> float:
             expected.append((out, *_copies(_states(plan, layer, theirs, token))))
         with _doing("the fast step cannot run"):
             its_cache = cache_layer(ours, layer.layer_idx)
-            out = plan.strategy.run(layer, token, its_cache, _states(plan, layer, ours, token))
+            out = plan.strategy.run(plan.family.parts(layer), token, its_cache, _states(plan, layer, ours, token))
             got.append((out, *_copies(_states(plan, layer, ours, token))))
     with _doing("upstream's decode step cannot run after fast steps"):  # it may keep more in the cache than we know
         after = [_upstream_step(forward, layer, last, cache, PROMPT + STEPS) for cache in (ours, theirs)]

@@ -6,12 +6,13 @@ Eager code calls a backend directly; passing through the dispatcher costs severa
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import select_backend
+from .backends import Backends
 from .step import Recipe, States, Step, Tokens, Weights, check_values
 
 _LIBRARY = torch.library.Library("qwen_fastdecode", "DEF")
@@ -30,7 +31,13 @@ def _decode(*arguments: Any) -> Tensor:
     tensors, (eps, gate, beta_scale, backend, cu_seqlens, *heads) = arguments[:12], arguments[12:]
     step = Step.of(Tokens(*tensors[:6]), States(*tensors[6:8]), Weights(*tensors[8:]), cu_seqlens)
     check_values(step)
-    return select_backend(backend, step.tokens.v.device).decode(step, Recipe(tuple(heads), eps, gate, beta_scale))
+    recipe = Recipe(tuple(heads), eps, gate, beta_scale)
+    return _backends(backend).on(tensors[0].device).decode(step, recipe)
+
+
+@cache  # a compiled graph asks at every step
+def _backends(name: str) -> Backends:
+    return Backends(name)
 
 
 @torch.library.register_fake("qwen_fastdecode::gated_delta_decode", lib=_LIBRARY)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.backends import Backends
 from ..ops.library import decode_registered
 from ..ops.step import Recipe, States, Step
-from ..upstream.families import Family, HeadSizes, reader
+from ..upstream.families import Family, HeadSizes, Parts, reader
 from ..upstream.unsettled import Unsettled, settle
 
 
@@ -23,7 +23,6 @@ class FullStep:
     splits_heads = False
 
     def __init__(self, family: Family, sizes: HeadSizes, recipe: Recipe, backends: Backends, note: str = ""):
-        self.family = family
         self.read = reader(family, sizes)
         self.recipe = recipe
         self.backends = backends
@@ -33,21 +32,20 @@ class FullStep:
         """The strategy for so many sequences."""
         return self
 
-    def run(self, layer: Any, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
         """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; updates the states in place.
 
-        cache_layer: where the states are kept; None where the cache has no such objects. Raises UnsupportedStep,
-        before anything was changed, for what the backend does not compute.
+        parts: of the layer, as they are now. cache_layer: where the states are kept; None where the cache has no such
+        objects. Raises UnsupportedStep, before anything was changed, for what the backend does not compute.
         """
         if isinstance(cache_layer, Unsettled):
             settle_outside_graphs(cache_layer)
-        family = self.family
-        step = Step(family.project(layer, hidden_states), self.read, states, family.weights(layer))
+        step = Step(parts.project(hidden_states), self.read, states, parts.weights)
         if torch.compiler.is_compiling():
             out = decode_registered(step, self.recipe, self.backends.name)
         else:
             out = self.backends.on(hidden_states.device).decode(step, self.recipe)
-        return family.project_out(layer, out)
+        return parts.project_out(out)
 
 
 settle_outside_graphs = torch.compiler.disable(settle)

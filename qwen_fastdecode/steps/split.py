@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..errors import PatchError, RanksDisagree
 from ..ops.step import Recipe, Sources, States, Step, Tokens
 from ..upstream.caches import stored_states
-from ..upstream.families import Family, HeadSizes, reader
-from ..upstream.sharding import ProjectionCall, Ranks, projection_call
+from ..upstream.families import Family, HeadSizes, Parts, reader
+from ..upstream.sharding import Ranks, projection_call
 from ..upstream.unsettled import debt_of, owe, owing_layers, settle, settled_by
 from .full import FullStep
 from .ranks import exchange
@@ -68,17 +68,26 @@ class SplitStep:
         pays = self.mode == "on" or bool(self.ungathered) or batch * self.sizes.num_v_heads >= CROSSOVER
         return self if pays else self.full
 
-    def run(self, layer: Any, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
         """As `FullStep.run`, of this rank's heads: only their states are updated, and their outputs are gathered."""
         debt = debt_of(cache_layer)
         if not (isinstance(debt, SplitDebt) and debt.split is self):
             settle(cache_layer)
             owe(cache_layer, SplitDebt(self, (next(_serials),)))
-        family = self.family
-        sources = family.project(_OwnRows(layer, self), hidden_states)
-        step = Step(sources, self.read, states, family.weights(layer))
+        sources = self._own_rows(parts).project(hidden_states)
+        step = Step(sources, self.read, states, parts.weights)
         out = self.backends.on(hidden_states.device).decode(step, self.recipe)
-        return family.project_out(layer, self.gather(out))
+        return parts.project_out(self.gather(out))
+
+    def _own_rows(self, parts: Parts) -> Parts:
+        """The parts, of whose projections some give this rank's rows, ungathered."""
+        named = zip(self.family.projections, parts.projections, strict=True)
+        return parts._replace(projections=tuple([self._own_rows_of(name, projection) for name, projection in named]))
+
+    def _own_rows_of(self, name: str, projection: Any) -> Any:
+        if name in self.ungathered and projection_call(projection) == self.calls[name]:
+            return lambda x: F.linear(x, _local(projection.weight), _local(projection.bias))
+        return projection
 
     def gather(self, out: Tensor) -> Tensor:
         """Head outputs of this rank, [B, count * DV], to those of all ranks, [B, HV * DV]."""
@@ -210,23 +219,6 @@ def _all_gather(own: Tensor, ranks: Ranks) -> Tensor:
     gathered = own.new_empty(ranks.size * own.shape[0], *own.shape[1:])
     _gather_into(gathered, own.contiguous(), group=ranks.group)
     return gathered.view(ranks.size, *own.shape)
-
-
-class _OwnRows:
-    """Stands in for a layer where a family projects: some projections give this rank's rows, ungathered."""
-
-    __slots__ = ("layer", "split")
-
-    def __init__(self, layer: Any, split: SplitStep):
-        self.layer = layer
-        self.split = split
-
-    def __getattr__(self, name: str) -> Any:
-        projection = getattr(self.layer, name)
-        calls: dict[str, ProjectionCall] = self.split.calls
-        if name in self.split.ungathered and projection_call(projection) == calls[name]:
-            return lambda x: F.linear(x, _local(projection.weight), _local(projection.bias))
-        return projection
 
 
 def _local(weight: Any) -> Any:

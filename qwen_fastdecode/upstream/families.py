@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import UnsupportedStep
 from ..ops.step import Sources, Tokens, Weights
 
 
@@ -54,15 +55,46 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
+
+class Parts(NamedTuple):
+    """What a fast step takes of a layer: modules that it calls, and weights of modules that it does not call."""
+
+    projections: tuple[Any, ...]  # in the order of `Family.projections`
+    out_proj: Any
+    conv1d: Any
+    norm: Any
+    weights: Weights
+
+    def project(self, hidden_states: Tensor) -> Sources:
+        """What the input projections return for hidden_states [B, 1, hidden size], called as modules.
+
+        Adapters, quantised weights and tensor parallelism live in these modules. Features lie side by side in what a
+        linear layer returns; what lies otherwise (a transposed product) is copied. Raises UnsupportedStep for what is
+        no plain tensor.
+        """
+        outputs = [projection(hidden_states) for projection in self.projections]
+        if not _PLAIN.issuperset(map(type, outputs)):  # a DTensor, say, whose memory is not its value
+            kinds = ", ".join(type(x).__name__ for x in outputs)
+            raise UnsupportedStep(f"the projections returned {kinds}, expected plain tensors")
+        return tuple([x if x.stride(-1) == 1 else x.contiguous() for x in outputs])
+
+    def project_out(self, out: Tensor) -> Tensor:
+        """The op's result [B, HV * DV] -> the layer's output [B, 1, hidden size]."""
+        return self.out_proj(out.unsqueeze(1))
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """One upstream model family: what its gated DeltaNet layers are made of, and how they project a token.
 
     projections: the name of each input projection, and which of q, k, v, z, b and a it gives.
-    read: the tokens in what the projections returned (`project`), as views, for layers of the given sizes.
+    read: the tokens in what the projections returned (`Parts.project`), as views, for layers of the given sizes.
     rows_are_heads: the projections of which an n-th of the rows are an n-th of the heads.
     norm, out_proj: the names of the gated norm and of the output projection.
-    beta_scale: what a layer multiplies beta by.
+    doubles_beta: the attribute that says whether a layer doubles beta (then the state's transition may have negative
+    eigenvalues), where there is one.
     reordering: the method that upstream splits its projections' outputs by, where it has one; `read` stands in for it.
     """
 
@@ -72,7 +104,7 @@ class Family:
     rows_are_heads: tuple[str, ...] = ()
     norm: str = "norm"
     out_proj: str = "out_proj"
-    beta_scale: Callable[[Any], float] = lambda layer: 1.0
+    doubles_beta: str | None = None
     reordering: str | None = None
 
     def projection_sizes(self, s: HeadSizes) -> tuple[int, ...]:
@@ -90,23 +122,20 @@ class Family:
         """conv1d and the gated norm: a fast step reads their weights and does not call them."""
         return layer.conv1d, getattr(layer, self.norm)
 
-    def project(self, layer: Any, hidden_states: Tensor) -> Sources:
-        """What the input projections return for hidden_states [B, 1, hidden size], called as modules.
-
-        Adapters, quantised weights and tensor parallelism live in these modules. Features lie side by side in what a
-        linear layer returns; what lies otherwise (a transposed product) is copied.
-        """
-        outputs = [getattr(layer, name)(hidden_states) for name in self.projections]
-        return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in outputs)
-
-    def weights(self, layer: Any) -> Weights:
-        """The parameters that a step reads."""
+    def parts(self, layer: Any) -> Parts:
+        """The layer's parts, looked up as upstream's forward does, whatever holds them."""
         conv1d, norm = self.read_modules(layer)
-        return Weights(conv1d.weight, layer.A_log, layer.dt_bias, norm.weight)
+        return Parts(
+            tuple([getattr(layer, name) for name in self.projections]),
+            getattr(layer, self.out_proj),
+            conv1d,
+            norm,
+            Weights(conv1d.weight, layer.A_log, layer.dt_bias, norm.weight),
+        )
 
-    def project_out(self, layer: Any, out: Tensor) -> Tensor:
-        """The op's result [B, HV * DV] -> the layer's output [B, 1, hidden size]."""
-        return getattr(layer, self.out_proj)(out.unsqueeze(1))
+    def beta_scale(self, layer: Any) -> float:
+        """What the layer multiplies beta by."""
+        return 2.0 if self.doubles_beta is not None and getattr(layer, self.doubles_beta) else 1.0
 
     def facts(self, layer: Any) -> tuple[Any, ...]:
         """All that a plan of `layer` was made from, by value, and whose parts by identity: a change shows here."""
@@ -120,6 +149,7 @@ class Family:
             getattr(norm, "activation", "silu"),
             getattr(norm, "bias", None) is None,
             layer.activation,
+            *(getattr(layer, name, None) for name in ("key_dim", "value_dim")),
             layer.num_k_heads,
             layer.num_v_heads,
             layer.head_k_dim,
@@ -179,11 +209,6 @@ def read_apart(sources: Sources, sizes: HeadSizes) -> Tokens:
     )
 
 
-def _two_where_negative(layer: Any) -> float:
-    """olmo_hybrid: twice beta lets the state's transition have negative eigenvalues."""
-    return 2.0 if layer.allow_neg_eigval else 1.0
-
-
 _GROUPED = (
     {"in_proj_qkvz": "qkvz", "in_proj_ba": "ba"},
     read_grouped,
@@ -207,7 +232,7 @@ FAMILIES = {
         Family("qwen3_5_moe", *_SPLIT),
         Family("qwen4_exp", *_SPLIT),
         Family("lara_mini", *_SPLIT),
-        Family("olmo_hybrid", *_APART, norm="o_norm", out_proj="o_proj", beta_scale=_two_where_negative),
+        Family("olmo_hybrid", *_APART, norm="o_norm", out_proj="o_proj", doubles_beta="allow_neg_eigval"),
     )
 }
 

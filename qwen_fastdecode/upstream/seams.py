@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import transformers
 
 if sys.version_info >= (3, 11):
@@ -134,7 +135,8 @@ def stood_in_for(upstream: Upstream) -> tuple[tuple[Any, str, Any], ...]:
         owner = getattr(module, outer[0], None) if outer else module
         if dotted != forward and outer[:1] != [upstream.layer_class.__name__] and hasattr(owner, name):
             found.append((owner, name, getattr(owner, name)))
-    return tuple(found)
+    functions = torch.nn.functional  # which they call in their turn
+    return (*found, (functions, "silu", functions.silu), (functions, "softplus", functions.softplus))
 
 
 def foreign_patch(current: dict[str, Any]) -> str | None:

@@ -144,11 +144,12 @@ def test_a_step_rounds_the_state_once() -> None:
     layer = linear_layers(model)[0]
     conv, recurrent = (state.double() for state in read_states(cache, layer.layer_idx))
     plan, hidden_states = plan_of(layer), torch.randn(2, 1, 32)
-    sources, weights = plan.family.project(layer, hidden_states), plan.family.weights(layer)
+    parts = plan.family.parts(layer)
+    sources, weights = parts.project(hidden_states), parts.weights
     step = Step(sources, plan.strategy.read, States(conv, recurrent), weights)
     out = decode_reference(step, plan.strategy.recipe)
     y = layer(hidden_states, cache_params=cache, attention_mask=None)
-    torch.testing.assert_close(y, plan.family.project_out(layer, out.float()))
+    torch.testing.assert_close(y, parts.project_out(out.float()))
     torch.testing.assert_close(read_states(cache, 0).recurrent, recurrent.to(BF16), rtol=2**-7, atol=1e-6)
 
 

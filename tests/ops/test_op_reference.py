@@ -32,10 +32,11 @@ def test_reference_is_upstreams_law(family: str) -> None:
         x = hidden_states[:, t : t + 1]
         conv, recurrent = (state.clone() for state in read_states(cache, layer.layer_idx))
         expected = layer(x, cache_params=cache, attention_mask=None)
-        step = Step(known.project(layer, x), reader(known, sizes), States(conv, recurrent), known.weights(layer))
+        parts = known.parts(layer)
+        step = Step(parts.project(x), reader(known, sizes), States(conv, recurrent), parts.weights)
         out = decode_reference(step, Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, known.beta_scale(layer)))
         states = read_states(cache, layer.layer_idx)
         assert isinstance(states, States)
-        assert relative_rms(known.project_out(layer, out), expected) <= FLOAT32
+        assert relative_rms(parts.project_out(out), expected) <= FLOAT32
         assert torch.equal(conv, states.conv)
         assert relative_rms(recurrent, states.recurrent) <= FLOAT32

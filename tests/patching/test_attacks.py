@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEAR, PROMPT, build, forward, generate, linear_layers
+from models import LINEAR, PROMPT, build, cache_tensors, forward, generate, linear_layers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -263,6 +263,36 @@ def test_projections_that_return_transposed_products(family: str, backend: str) 
     qf.patch(model, backend=backend)
     assert torch.equal(generate(model, 8), expected)
     assert qf.status(model).fast_steps == 7 * LINEAR
+
+
+@pytest.mark.parametrize("what", ["projection", "rates", "recurrent_states", "conv_states"])
+def test_memory_that_is_not_what_a_tensor_says(what: str) -> None:
+    """Lazily negated tensors (`torch.is_neg`): the kernel reads memory."""
+
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        return torch._neg_view(-x)
+
+    def decode(model: Any) -> list[torch.Tensor]:
+        _, cache = forward(model, PROMPT)
+        forward(model, PROMPT[:, 1:2], cache)  # what is prepared here is not for the next step
+        for layer, kept in zip(linear_layers(model), cache.layers, strict=False):
+            if what == "projection":
+                layer.in_proj_b.register_forward_hook(lambda module, args, output: negated(output))
+            elif what == "rates":
+                rates = negated(layer.A_log.detach())
+                del layer.A_log
+                layer.A_log = rates
+            else:
+                states = getattr(kept, what)
+                states[0] = negated(states[0])
+        return [forward(model, PROMPT[:, :1], cache)[0], *(x.resolve_neg() for x in cache_tensors(cache))]
+
+    expected = decode(build("qwen3_5"))
+    model = build("qwen3_5")
+    qf.patch(model, backend="triton")
+    assert all(map(torch.equal, decode(model), expected))
+    assert qf.status(model).fallbacks["a step that the backend does not compute"] == LINEAR
+    assert "got a lazily negated tensor" in str(qf.status(model))
 
 
 @pytest.mark.parametrize("wide", ["model", "rates"])

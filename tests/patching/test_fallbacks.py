@@ -6,22 +6,29 @@ cache bit for bit, or the error where upstream itself refuses.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from models import LINEAR, PROMPT, build, cache_tensors, forward, generate, linear_layers
+from models import LINEAR, PROMPT, build, cache_tensors, call_layer, forward, generate, linear_layers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import qwen_fastdecode as qf
 from qwen_fastdecode.reasons import Reason
 
 TOKEN = PROMPT[:, :1]  # [2, 1]
+HIDDEN = torch.linspace(-1, 1, 64).view(2, 1, 32)
 Act = Callable[[PreTrainedModel], Any]  # returns what is to be the same
 
 
@@ -99,6 +106,67 @@ def exporting(model: PreTrainedModel) -> str:
 
     with torch.no_grad():
         return torch.export.export(Step(), (TOKEN,), strict=False).graph_module.code
+
+
+def each_layer(model: PreTrainedModel, run: Callable[[Callable[[Tensor, Any], Tensor], Any], Tensor]) -> list[Tensor]:
+    """What `run` returns for each gated DeltaNet layer, given its step (of hidden states and a cache) and a cache."""
+    cache = prefilled(model.requires_grad_(False))
+    with torch.no_grad():
+        return [run(partial(call_layer, layer), copy.deepcopy(cache)) for layer in linear_layers(model)]
+
+
+def traced(model: PreTrainedModel) -> list[Tensor]:
+    """With some hidden states, and run with others."""
+    return each_layer(
+        model, lambda step, cache: torch.jit.trace(lambda x: step(x, cache), HIDDEN, check_trace=False)(2 * HIDDEN)
+    )
+
+
+def recorded(model: PreTrainedModel) -> list[Tensor]:
+    return each_layer(model, lambda step, cache: make_fx(lambda x: step(x, cache))(HIDDEN)(2 * HIDDEN))
+
+
+def forward_gradients(model: PreTrainedModel) -> list[Tensor]:
+    def run(step: Callable[[Tensor, Any], Tensor], cache: Any) -> Tensor:
+        with forward_ad.dual_level():
+            return torch.cat(forward_ad.unpack_dual(step(forward_ad.make_dual(HIDDEN, torch.ones_like(HIDDEN)), cache)))
+
+    return each_layer(model, run)
+
+
+def function_transform(model: PreTrainedModel) -> list[Tensor]:
+    def run(step: Callable[[Tensor, Any], Tensor], cache: Any) -> Tensor:
+        both = torch.func.jvp(lambda x: step(x, copy.deepcopy(cache)), (HIDDEN,), (torch.ones_like(HIDDEN),))
+        return torch.cat(both)
+
+    return each_layer(model, run)
+
+
+@contextmanager
+def function_mode(model: PreTrainedModel) -> Iterator[None]:
+    class Doubling(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **kwargs or {})
+            return 2 * result if function is nn.functional.softplus else result
+
+    with Doubling():
+        yield
+
+
+def wrapped_states(model: PreTrainedModel) -> list[Tensor]:
+    """Of a class whose memory is not its value."""
+    cache = prefilled(model)
+    change_states(cache, "recurrent_states", lambda S: TwoTensor(S.clone(), S.clone()))
+    return [forward(model, TOKEN, cache)[0]]
+
+
+@contextmanager
+def subclassed_projections(model: PreTrainedModel) -> Iterator[None]:
+    for layer in linear_layers(model):
+        first = next(module for name, module in layer.named_children() if name.startswith("in_proj"))
+        first.register_forward_hook(lambda module, args, out: out.as_subclass(Marked) if out.shape[1] == 1 else out)
+        layer.out_proj.register_forward_hook(lambda module, args, output: output.as_subclass(Tensor))
+    yield
 
 
 class DoublingCache(DynamicCache):
@@ -371,6 +439,13 @@ CASES = [
     Case(Reason.META_DEVICE, on_meta),
     Case(Reason.AUTOCAST, autocast),
     Case(Reason.EXPORTING, exporting),
+    Case(Reason.EXPORTING, traced),
+    Case(Reason.EXPORTING, recorded),
+    Case(Reason.TRANSFORMED, forward_gradients),
+    Case(Reason.TRANSFORMED, function_transform),
+    Case(Reason.TRANSFORMED, change=function_mode),
+    Case(Reason.STATE_TYPE, wrapped_states),
+    Case(Reason.UNSUPPORTED_STEP, change=subclassed_projections),
     Case(Reason.UNKNOWN_CACHE, cache_of_another_class),
     Case(Reason.UNKNOWN_CACHE, cache_layer_of_another_class),
     Case(Reason.UNEXPECTED_STATE, longer_window),
@@ -396,6 +471,7 @@ CASES = [
     Case(Reason.CHANGED_UPSTREAM, change=doubled(norm_class_of, "forward")),
     Case(Reason.CHANGED_UPSTREAM, change=doubled(module_of, "causal_conv1d_update")),
     Case(Reason.CHANGED_UPSTREAM, change=doubled(module_of, "torch_recurrent_gated_delta_rule")),
+    Case(Reason.CHANGED_UPSTREAM, change=doubled(lambda layer: nn.functional, "softplus")),
 ]
 
 
@@ -446,6 +522,21 @@ def test_a_fallback_is_counted_and_upstreams_to_the_bit(case: Case, family: str)
     fallbacks.pop(str(Reason.SEVERAL_TOKENS), None)  # the prompt
     assert fallbacks == {}
     assert qf.status(model).fast_steps == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.act is step], ids=lambda case: case.name)
+def test_a_change_between_fast_steps_is_noticed(case: Case, family: str) -> None:
+    """What a served step found is not taken for granted by the next."""
+    expected = outcome(case, build(family))
+    model = build(family)
+    qf.patch(model)
+    step(model)
+    step(model)
+    assert qf.status(model).fast_steps == 2 * LINEAR
+    assert same(outcome(case, model), expected)
+    assert qf.status(model).fallbacks[str(case.reason)] == LINEAR
+    assert qf.status(model).fast_steps == 2 * LINEAR
 
 
 def test_several_tokens_fall_back() -> None:

@@ -73,7 +73,8 @@ def reference(call: Call) -> Result:
     states = read_states(call.cache, layer.layer_idx)
     conv, recurrent = states.conv.double(), states.recurrent.double()
     full = plan.strategy
-    sources, weights = plan.family.project(layer, call.hidden_states), plan.family.weights(layer)
+    parts = plan.family.parts(layer)
+    sources, weights = parts.project(call.hidden_states), parts.weights
     step = Step(sources, full.read, States(conv, recurrent), weights)
     return Result(decode_reference(step, full.recipe), conv, recurrent)
 

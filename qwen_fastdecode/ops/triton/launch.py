@@ -85,9 +85,8 @@ def decode_triton(step: Step, recipe: Recipe, tile: Tile | None = None) -> Tenso
     `check_step` refuses, and for float64 arguments, a recurrent state whose heads [DK, DV] are not contiguous, strided
     A_log, dt_bias or cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
     """
-    sources, states, weights = step.sources, step.states, step.weights
-    from_sources = [*map(Tensor.data_ptr, sources)]
-    state_pointers = [*map(Tensor.data_ptr, states), *map(Tensor.data_ptr, weights)]
+    from_sources = [*map(Tensor.data_ptr, step.sources)]
+    state_pointers = [*map(Tensor.data_ptr, (*step.states, *step.weights))]
     at_conv, at_state, at_weight, _, _, at_norm = state_pointers
     # What the kernel is compiled for. A_log and dt_bias are read a scalar at a time, whatever their alignment.
     unaligned = at_conv | at_state | at_weight | at_norm
@@ -185,6 +184,8 @@ def _check(step: Step) -> None:
     recurrent, weights = step.states.recurrent, step.weights
     if any(x.dtype == torch.float64 for x in (*step.sources, *step.states, *weights)):
         raise UnsupportedStep("the Triton backend computes in float32: got a float64 argument; use the torch backend")
+    if any(x.is_neg() for x in (*step.sources, *step.states, *weights)):
+        raise UnsupportedStep("the Triton backend reads memory as it is: got a lazily negated tensor (torch.is_neg)")
     if recurrent.stride()[2:] != (recurrent.shape[3], 1):
         raise UnsupportedStep(f"recurrent_state: got strides {recurrent.stride()}, expected contiguous heads [DK, DV]")
     for name, x in {"A_log": weights.A_log, "dt_bias": weights.dt_bias, "cu_seqlens": step.cu_seqlens}.items():
