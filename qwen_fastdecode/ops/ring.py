@@ -46,11 +46,11 @@ class Ring(NamedTuple):
 
 
 def new_ring(recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torch.float32) -> Ring:
-    """An empty ring for states [B, HV, DK, DV] of HK key heads."""
+    """An empty ring for states [B, HV, DK, DV] of HK key heads. Zeros, so that copies of two rings can be compared."""
     B, HV, DK, DV = recurrent_state.shape
     if N < 1:
         raise ValueError(f"N: got {N}, expected at least 1")
-    make = recurrent_state.new_empty
+    make = recurrent_state.new_zeros
     k, d, w = make(B, HK, N, DK, dtype=dtype), make(B, HV, N, DV, dtype=dtype), make(B, HV, N + 1, dtype=dtype)
     return Ring(k, d, w, recurrent_state.new_zeros(B, HK, dtype=torch.int32))
 
@@ -88,14 +88,13 @@ def advance(ring: Ring) -> None:
     t.copy_(torch.where(t == 2 * ring.N - 1, ring.N, t + 1))
 
 
-def check_deferred(step: Step, recipe: Recipe, ring: Ring) -> StepShapes:
-    """Raises UnsupportedStep for a step that cannot wait in a ring, ValueError for a ring of other states."""
+def check_deferred(step: Step, recipe: Recipe) -> StepShapes:
+    """Raises UnsupportedStep for a step that cannot wait in a ring."""
     s = check_step(step, recipe)
     if step.cu_seqlens is not None or s.N != s.B:
         raise UnsupportedStep(f"q: got {s.N} tokens for {s.B} sequences, expected one each where states are deferred")
     if recipe.heads != (0, s.HV):
         raise UnsupportedStep(f"heads: got {recipe.heads}, expected all {s.HV} where states are deferred")
-    check_ring(ring, step.states.recurrent)
     return s
 
 
@@ -136,7 +135,8 @@ def decode_deferred_torch(step: Step, recipe: Recipe, ring: Ring) -> Tensor:
 
     With a ring and states of float64 it is the reference of the ring. Returns [N, HV * DV] in the ring's dtype.
     """
-    s = check_deferred(step, recipe, ring)
+    check_ring(ring, step.states.recurrent)
+    s = check_deferred(step, recipe)
     (conv, recurrent), weights, dtype = step.states, step.weights, ring.k.dtype
     count, folds = pending(ring)
     fold(recurrent, ring, torch.where(folds, count, 0))
