@@ -130,6 +130,7 @@ def counted(ring: Ring, count: Tensor) -> Tensor:
     return torch.arange(ring.N, device=count.device) < count[..., None]
 
 
+@torch.inference_mode()
 def decode_deferred_torch(step: Step, recipe: Recipe, ring: Ring) -> Tensor:
     """The step as `triton.deferred` does it, in PyTorch and in the ring's dtype: for tests, and where there is no GPU.
 
