@@ -114,7 +114,7 @@ class DeferredStep:
         assert found is not None  # `choose` asked
         if before is not None and before.suits(recurrent):
             return RingDebt(self, found, before.ring, recurrent, before)
-        with torch.inference_mode():
+        with torch.inference_mode(False):  # the next step, or the copy of a ring, may be made without that mode
             return RingDebt(self, found, new_ring(recurrent, self.key_heads, found.N), recurrent, before)
 
 
