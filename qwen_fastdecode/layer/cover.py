@@ -39,8 +39,8 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.deferred_state and not ARE_WATCHED:
         raise PatchError(
-            f"deferred_state=True: got Transformers {transformers.__version__}, expected 5.5 or later: its caches are lists "
-            "of tensors, and who reads one cannot be noticed"
+            f"deferred_state=True: got Transformers {transformers.__version__}, expected 5.5 or later: its caches are "
+            "lists of tensors, and who reads one cannot be noticed"
         )
 
 

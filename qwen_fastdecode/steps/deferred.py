@@ -21,7 +21,7 @@ from ..ops.step import States, Step
 from ..upstream.unsettled import debt_of, owe, settle
 from .full import FullStep
 
-HASTY = 3  # times that a cache layer is settled before a period is over, after which it takes two passes
+HASTY = 3  # times in a row that a cache layer is settled before a period is over, after which it takes two passes
 
 
 class DeferredStep:
@@ -124,7 +124,7 @@ _NOT_ON = "deferred_state: two passes on the {} backend, which gains nothing"
 class RingDebt:
     """What waits in a ring is missing in the recurrent states.
 
-    recurrent: the tensor that it is missing in. hasty: how often that was settled before a period of N steps was over.
+    recurrent: the tensor that it is missing in. hasty: how often in a row it was settled before N steps were over.
     """
 
     def __init__(self, step: DeferredStep, found: Deferral, ring: Ring, recurrent: Tensor, before: RingDebt | None):
@@ -133,7 +133,7 @@ class RingDebt:
         self.ring = ring
         self.lasts = False
         self.steps = 0  # since it was settled; those of replayed graphs are not counted
-        self.hasty = 0 if before is None else before.hasty
+        self.hasty: int = 0 if before is None else before.hasty
         self._recurrent = weakref.ref(recurrent)
         self._kind = recurrent.shape, recurrent.dtype, recurrent.device
 
@@ -159,7 +159,8 @@ class RingDebt:
         if not self.fits(states):
             self.drop()
             return
-        self.hasty += 0 < self.steps < self.ring.N
+        if self.steps:
+            self.hasty = self.hasty + 1 if self.steps < self.ring.N else 0
         self.steps = 0
         with torch.inference_mode():
             self.deferral.settle(states.recurrent, self.ring)

@@ -1,11 +1,13 @@
 """Cache layers whose tensors are not the whole truth now, and how everybody who reads them sees the truth all the same.
 
-A step may leave work undone on a cache layer: heads that other ranks have, say, or updates that wait. It leaves a `Debt`
-there (`owe`), and `settle` has the debt make the tensors true. While a layer owes, its class is a subclass of its own in
-which reading `conv_states` or `recurrent_states`, pickling and resetting settle first; a settled layer is of its own
-class again, and costs nothing. (But where a CUDA graph holds the step, which adds to the debt without a word to Python:
-a debt that `lasts` stays, and is settled at every read.) So upstream, a user's code, a copy and `torch.save` see settled
-states without knowing of this. What somebody took out of the layer and kept is his snapshot.
+A step may leave work undone on a cache layer: heads that other ranks have, or updates that wait. It leaves a `Debt`
+there (`owe`), and `settle` has the debt make the tensors true. While a layer owes, its class is a subclass of its own
+in which reading `conv_states` or `recurrent_states`, pickling and resetting settle first; a settled layer is of its own
+class again, and costs nothing. So upstream, a user's code, a copy and `torch.save` see settled states without knowing
+of this. What somebody took out of the layer and kept is his snapshot.
+
+Where a CUDA graph holds the step, its replays add to the debt without a word to Python: a debt that `lasts` stays, and
+is settled at every read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""States deferred for small batches, and on both backends: by PyTorch's ring, which is fast here, and by the kernels."""
+"""States deferred for small batches and on both backends: by PyTorch's ring, which is fast here, and by the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`deferred_state=True` with `cuda_graph=True`, on the CPU with a stand-in for the graph: replays advance the cursor."""
+"""`deferred_state=True` with `cuda_graph=True`, on the CPU with a stand-in for the graph: replays move the cursor."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, PROMPT, build, cache_tensors, forward, generate, linear_layers
+from models import FAMILIES, LINEAR, build, cache_tensors, forward, generate, linear_layers
 from small_rings import N, small_rings
 from tolerances import BFLOAT16_STATE, FLOAT32_MODEL, relative_rms
 from torch import Tensor
@@ -381,7 +381,7 @@ def test_unpatching_gives_the_memory_back() -> None:
 
 
 def test_a_replaced_tensor_is_the_state_whatever_waited() -> None:
-    """Through a dictionary that somebody kept, which nothing can watch: he set the state, and nothing is added to it."""
+    """Through a dictionary that somebody kept, which nothing can watch: he set the state, and nothing is added."""
     model = build()
     cache = StaticCache(config=model.config, max_cache_len=48)
     patch(model)
