@@ -68,9 +68,11 @@ class Unsettled:
             debt.check_pickle()
             settle(self, by_reader=True)
         with _of_its_own_class(self):
-            reduced = self.__reduce_ex__(protocol)
-            # The attributes as they are now: a debt that lasts comes back to the layer, and is none of the copy's.
-            return tuple(dict(part) if part is vars(self) else part for part in reduced)
+            if debt is None or not debt.lasts:
+                return self.__reduce_ex__(protocol)
+            # The debt comes back to the layer, and is none of the copy's: the attributes as they are now, and the form
+            # of protocol 0, as from 2 on pickle compares the layer's class with that of the form.
+            return tuple(dict(part) if part is vars(self) else part for part in self.__reduce_ex__(0))
 
     def __copy__(self) -> Any:
         return _copy(self, copy.copy)

@@ -214,6 +214,45 @@ def test_whatever_comes_between_two_steps(between: Read, before: int) -> None:
         assert qf.status(model).deferred_steps >= (before + 6) * LINEAR
 
 
+@pytest.mark.parametrize("between", READERS)
+def test_whatever_comes_between_two_steps_that_a_graph_holds(between: Read) -> None:
+    """The debts last, as they do where a CUDA graph has recorded the steps."""
+
+    def held(model: PreTrainedModel, cache: Cache) -> Cache:
+        for debt in filter(None, map(debt_of, linear(model, cache))):
+            debt.hold()
+        cache = between(model, cache)
+        return between(model, cache) if between in (read, reorder, pickled, deepcopy) else cache
+
+    model = build()
+    logits, holds = story(model, held, 3)
+    patch(model)
+    found, own = story(model, held, 3)
+    assert relative_rms(found, logits) <= FLOAT32_MODEL
+    assert all(relative_rms(a, b) <= FLOAT32_MODEL for a, b in zip(own, holds, strict=True))
+
+
+def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:
+    """A step that Python does not see, as a captured graph makes it: straight into the ring."""
+    model = build()
+    cache = DynamicCache(config=model.config)
+    patch(model)
+    forward(model, TOKENS[:, :5], cache)
+    forward(model, TOKENS[:, 5:6], cache)
+    layer = linear(model, cache)[0]
+    debt: Any = debt_of(layer)
+    debt.hold()
+    for _ in range(3):
+        before = recurrent(layer).clone()
+        assert not debt.ring.cursor.any()
+        debt.ring.k[:, :, 0], debt.ring.d[:, :, 0], debt.ring.w[..., 0], debt.ring.w[..., -1] = 1.0, 2.0, 1.0, 0.5
+        debt.ring.cursor.fill_(1)
+        assert torch.allclose(recurrent(layer), 0.5 * before + 2.0)
+    debt.release()
+    recurrent(layer)
+    assert debt_of(layer) is None
+
+
 @pytest.mark.parametrize("between", [read, several_tokens, reset])
 def test_by_the_kernels(between: Read) -> None:
     model = build()
