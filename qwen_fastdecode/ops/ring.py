@@ -59,9 +59,8 @@ def check_ring(ring: Ring, recurrent_state: Tensor) -> None:
     """Raises ValueError that names the part of the ring that does not belong to these states."""
     B, HV, DK, DV = recurrent_state.shape
     HK, N = ring.k.shape[1], ring.N
-    shapes = {"k": (B, HK, N, DK), "d": (B, HV, N, DV), "w": (B, HV, N + 1), "cursor": (B, HK)}
-    for name, shape in shapes.items():
-        x = getattr(ring, name)
+    shapes = (B, HK, N, DK), (B, HV, N, DV), (B, HV, N + 1), (B, HK)
+    for name, x, shape in zip(Ring._fields, ring, shapes, strict=True):
         if x.shape != shape:
             raise ValueError(f"ring.{name}: got shape {tuple(x.shape)}, expected {shape}")
         if not x.is_contiguous():

@@ -33,7 +33,7 @@ class DeferredStep:
         self.full = full
         self.backends = full.backends
         self.key_heads = key_heads
-        self._debts: Any = WeakIdKeyDictionary(ref_type=weakref.ref)  # of cache layers
+        self._debts: Any = WeakIdKeyDictionary()  # by cache layer
         self._note = ""
 
     def choose(self, states: States, cache_layer: Any) -> DeferredStep | FullStep:

@@ -118,8 +118,11 @@ def _prepare(step: Step, recipe: Recipe, kind: _RingKind, tile: DeferredTile | N
         # Addresses rather than tensors, as in `launch`.
         out = torch.empty(shape, dtype=dtype, device=device)
         pointers = [sources[i] + offset for i, offset in places]
-        with torch.cuda.device(device):
+        if torch.cuda.current_device() == device.index:
             run(*pointers, *others, out.data_ptr(), *rest)
+        else:
+            with torch.cuda.device(device):
+                run(*pointers, *others, out.data_ptr(), *rest)
         return out
 
     return launch
