@@ -18,6 +18,7 @@ depends on the head (`pending`): an N-th of them folds at each step, so that no 
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ class Ring(NamedTuple):
         return sum(x.nbytes for x in self)
 
 
+# Of each part: shape, dtype, whether it is contiguous, device.
+Kind = tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
+
+
 def new_ring(recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torch.float32) -> Ring:
     """An empty ring for states [B, HV, DK, DV] of HK key heads. Zeros, so that copies of two rings can be compared."""
     B, HV, DK, DV = recurrent_state.shape
@@ -57,18 +63,31 @@ def new_ring(recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torc
 
 def check_ring(ring: Ring, recurrent_state: Tensor) -> None:
     """Raises ValueError that names the part of the ring that does not belong to these states."""
+    check_kind(kind_of(ring), recurrent_state)
+
+
+def kind_of(ring: Ring) -> Kind:
+    """All of a ring that the check looks at, and that a kernel is compiled for: hashable, and quick to find."""
+    return (
+        tuple(map(_shape, ring)),
+        tuple(map(_dtype, ring)),
+        tuple(map(Tensor.is_contiguous, ring)),
+        tuple(map(Tensor.get_device, ring)),
+    )
+
+
+def check_kind(kind: Kind, recurrent_state: Tensor) -> None:
+    """As `check_ring`, of every ring of a kind."""
     B, HV, DK, DV = recurrent_state.shape
-    HK, N = ring.k.shape[1], ring.N
+    _, HK, N, _ = kind[0][0]
     shapes = (B, HK, N, DK), (B, HV, N, DV), (B, HV, N + 1), (B, HK)
-    for name, x, shape in zip(Ring._fields, ring, shapes, strict=True):
-        if x.shape != shape:
-            raise ValueError(f"ring.{name}: got shape {tuple(x.shape)}, expected {shape}")
-        if not x.is_contiguous():
-            raise ValueError(f"ring.{name}: got strides {x.stride()}, expected a contiguous tensor")
-        if x.device != recurrent_state.device:
-            raise ValueError(
-                f"ring.{name}: got device {x.device}, expected {recurrent_state.device}, that of the states"
-            )
+    for name, shape, _, contiguous, device, expected in zip(Ring._fields, *kind, shapes, strict=True):
+        if shape != expected:
+            raise ValueError(f"ring.{name}: got shape {tuple(shape)}, expected {expected}")
+        if not contiguous:
+            raise ValueError(f"ring.{name}: got gaps between its elements, expected a contiguous tensor")
+        if device != recurrent_state.get_device():
+            raise ValueError(f"ring.{name}: expected device {recurrent_state.device}, where the states are")
 
 
 def pending(ring: Ring) -> tuple[Tensor, Tensor]:

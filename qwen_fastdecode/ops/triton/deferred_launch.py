@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedStep
 from ..prepared import Prepared
-from ..ring import Ring, check_deferred, check_ring
+from ..ring import Kind, Ring, check_deferred, check_kind, check_ring, kind_of
 from ..step import Recipe, Step
 from . import tiles
 from .deferred import decode_deferred, settle_states
@@ -60,35 +60,31 @@ def decode_deferred_triton(step: Step, recipe: Recipe, ring: Ring, tile: Deferre
     UnsupportedStep for what `check_deferred` and the two-pass kernel refuse, ValueError for a ring that does not belong
     to the states.
     """
-    check_ring(ring, step.states.recurrent)
     sources = [*map(Tensor.data_ptr, step.sources)]
     others = [*map(Tensor.data_ptr, (*step.states, *step.weights, *ring))]
-    if any(pointer & 15 for pointer in others[-len(ring) :]):
+    unaligned = 0
+    for pointer in others[-len(ring) :]:
+        unaligned |= pointer
+    if unaligned & 15:
         raise ValueError("ring: expected parts that begin at multiples of 16 bytes, as PyTorch allocates them")
-    alignment = tuple(pointer & 15 for pointer in (*sources, *others))
-    launch = _prepared.find(step, recipe, alignment if any(alignment) else None, _RingKind.of(ring), tile)
+    for pointer in (*sources, *others):
+        unaligned |= pointer
+    alignment = tuple(pointer & 15 for pointer in (*sources, *others)) if unaligned & 15 else None
+    launch = _prepared.find(step, recipe, alignment, kind_of(ring), tile)
     return launch(step, ring, sources, others)
-
-
-class _RingKind(NamedTuple):
-    """All of a ring that a kernel is compiled for."""
-
-    N: int
-    dtypes: tuple[torch.dtype, ...]
-
-    @classmethod
-    def of(cls, ring: Ring) -> _RingKind:
-        return cls(ring.N, tuple(part.dtype for part in ring))
 
 
 _Launch = Callable[[Step, Ring, list[int], list[int]], Tensor]
 
 
-def _prepare(step: Step, recipe: Recipe, kind: _RingKind, tile: DeferredTile | None) -> _Launch:
+def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
     """Checks and compiles for one kind of steps and rings; returns what launches it."""
     s = check_deferred(step, recipe)
     check_arguments(step)
-    if kind.dtypes != (*[torch.float32] * 3, torch.int32):
+    check_kind(kind, step.states.recurrent)
+    shapes, dtypes, *_ = kind
+    N = shapes[0][2]
+    if dtypes != (*[torch.float32] * 3, torch.int32):
         raise UnsupportedStep("ring: expected float32, in which the Triton backend computes, and a cursor of int32")
     v, recurrent = step.tokens.v, step.states.recurrent
     device, dtype, shape = v.device, v.dtype, (s.N, s.HV * s.DV)
@@ -97,8 +93,8 @@ def _prepare(step: Step, recipe: Recipe, kind: _RingKind, tile: DeferredTile | N
     whole = Tile(tiles.power_of_two(s.DV), tile.num_warps)
     layout = layout_of(s, step, recipe, whole, strided=items > grid[0], pairs=True)
     _, _, *strides = numbers_of(s, step, items)
-    block_n, parts = 1 << (kind.N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
-    rest = items, *strides, layout, kind.N, block_n, parts, tile.prefetch
+    block_n, parts = 1 << (N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
+    rest = items, *strides, layout, N, block_n, parts, tile.prefetch
     options = _options(tile)
     if INTERPRETED:
 
@@ -108,7 +104,7 @@ def _prepare(step: Step, recipe: Recipe, kind: _RingKind, tile: DeferredTile | N
             return out
 
         return interpret
-    ring = [torch.empty(16, dtype=dtype, device=device) for dtype in kind.dtypes]
+    ring = [torch.empty(16, dtype=part, device=device) for part in dtypes]
     tensors = *step.tokens, *step.states, *step.weights, *ring, v.new_empty(16)
     with torch.cuda.device(device):
         run = decode_deferred.warmup(*tensors, *rest, grid=grid, **options)[grid]
