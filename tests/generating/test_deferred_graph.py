@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 
 import qwen_fastdecode as qf
 from qwen_fastdecode import graph
-from qwen_fastdecode.graph import caches, state
+from qwen_fastdecode.graph import caches, call, state
 from qwen_fastdecode.upstream.unsettled import Unsettled
 
 pytestmark = pytest.mark.usefixtures(stand_in.__name__, small_rings.__name__)
@@ -40,6 +40,13 @@ def test_the_same_tokens_from_replays(family: str) -> None:
     assert found.worst == 0.0  # the ring and its cursor are among what is compared
     status = qf.status(model)
     assert status.fast_steps == status.deferred_steps == 23 * LINEAR
+
+
+def test_a_cursor_that_is_elsewhere_is_a_difference() -> None:
+    """Integers are compared as well: a replay that did not count its step would be noticed."""
+    one, two = torch.tensor([[3, 3]], dtype=torch.int32), torch.tensor([[3, 4]], dtype=torch.int32)
+    assert call._distance([one], [one]) == 0
+    assert call._distance([two], [one]) > max(call.DISTANCE.values())
 
 
 def test_the_cache_that_comes_back_is_settled_by_who_reads_it() -> None:
