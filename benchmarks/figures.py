@@ -21,7 +21,7 @@ from benchmarks.markdown import table
 from benchmarks.tables import RESULTS, SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/tensor-parallel.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/tensor-parallel.md", "docs/deferred-state.md")
 BEGIN, END = "<!-- figures: {} -->", "<!-- /figures -->"
 BLOCKS: dict[str, Callable[[], str]] = {
     "captured": tables.captured,
@@ -31,6 +31,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu": tables.cpu,
     "ranks": tables.ranks,
     "states": tables.states,
+    "deferred": tables.deferred,
+    "deferred steps": tables.deferred_steps,
 }
 
 

@@ -40,6 +40,8 @@ class LayerStatus:
     fast_steps: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     split_steps: int = 0  # of the fast ones, on this tensor-parallel rank's heads alone
+    deferred_steps: int = 0  # of the fast ones, with the states written every N-th time
+    ring_bytes: int = 0  # memory that holds what such steps have not written yet, of all living caches
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class Status:
         return sum(layer.split_steps for layer in self.layers)
 
     @property
+    def deferred_steps(self) -> int:
+        """Of `fast_steps`, those that left the states to be written by one of the next."""
+        return sum(layer.deferred_steps for layer in self.layers)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Memory that holds what such steps have not written yet, of all living caches."""
+        return sum(layer.ring_bytes for layer in self.layers)
+
+    @property
     def fallbacks(self) -> dict[str, int]:
         """Calls that upstream's forward served, by reason; prefills among them."""
         total: Counter[str] = Counter()
@@ -113,7 +125,8 @@ class Status:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON has it."""
-        totals = {name: getattr(self, name) for name in ("covered", "fast_steps", "split_steps", "prefills")}
+        names = "covered", "fast_steps", "split_steps", "deferred_steps", "ring_bytes", "prefills"
+        totals = {name: getattr(self, name) for name in names}
         return {
             **totals,
             "fallbacks": self.fallbacks,
@@ -161,6 +174,9 @@ class Status:
         notes = [f"fallback: {reason}: {count}" for reason, count in sorted(others.items())]
         if self.split_steps:
             notes.insert(0, f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
+        if self.deferred_steps:
+            rings = f"rings hold {self.ring_bytes / 2**20:.1f} MiB now"
+            notes.insert(0, f"deferred states: {self.deferred_steps} of {self.fast_steps} fast steps; {rings}")
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
         notes += dict.fromkeys([*long, *self.notes])
         if any(layer.covered and layer.fallbacks and not layer.fast_steps for layer in self.layers):

@@ -132,6 +132,7 @@ def _add_run(subparsers: Any) -> None:
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
     add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
     add("--cuda-graph", action="store_true", help="decode steps of generate as one CUDA graph (docs/cuda-graph.md)")
+    add("--deferred-state", action="store_true", help="states written every N-th step (docs/deferred-state.md)")
     add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
     add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
     add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")

@@ -42,7 +42,12 @@ def run(args: argparse.Namespace) -> int:
     name, *arguments = args.program
     report = Report()
     refused = patch_imports(
-        args.backend, strict=args.strict, keep=args.report, report=report, cuda_graph=args.cuda_graph
+        args.backend,
+        strict=args.strict,
+        keep=args.report,
+        report=report,
+        cuda_graph=args.cuda_graph,
+        deferred_state=args.deferred_state,
     )
     if args.report:
         report.at_exit()
@@ -60,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool) -> list[PatchError]:
+def patch_imports(
+    backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool = False, deferred_state: bool = False
+) -> list[PatchError]:
     """Has every supported family patched as soon as the program has imported it, and not earlier.
 
     Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
@@ -77,7 +84,14 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cud
         from ..layer.everything import patch_imported  # imports torch, which now is there
 
         try:
-            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
+            patch_imported(
+                module.__name__,
+                backend=backend,
+                strict=strict,
+                keep=keep,
+                cuda_graph=cuda_graph,
+                deferred_state=deferred_state,
+            )
         except PatchError as error:
             if str(error) not in map(str, refused):
                 print(f"qwen-fastdecode run: {' '.join(str(error).split())}", file=sys.stderr)

@@ -171,6 +171,7 @@ class Call:
             return self._leave(self._model(**inputs), Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
         self._state.failures = 0
         self._graph, self._tally = graph, tally
+        growing.hold_debts()
         tally.recorded()
         changed = python.put_back()
         if changed is not None or values != growing.python_values():
@@ -268,6 +269,8 @@ class Call:
 
     def _drop(self) -> None:
         """The graph goes; a next one is preceded by an eager step."""
+        if self._growing is not None:
+            self._growing.release_debts()
         if self._graph is not None:
             self._graph.close()
         if self._tally is not None:
@@ -299,9 +302,8 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative distance of a tensor from the one that was expected; NaN is infinitely far."""
     norms = []
     for a, b in zip(found, expected, strict=True):
-        if b.is_floating_point():
-            exact = torch.float64 if b.dtype == torch.float64 else torch.float32
-            norms += [(a.to(exact) - b.to(exact)).norm().double(), b.to(exact).norm().double()]
+        exact = torch.float64 if b.dtype == torch.float64 else torch.float32
+        norms += [(a.to(exact) - b.to(exact)).norm().double(), b.to(exact).norm().double()]
     values = torch.stack(norms).tolist()
     pairs = zip(values[::2], values[1::2], strict=True)
     own = [0.0 if apart == 0 else apart / max(size, 1e-30) for apart, size in pairs]

@@ -68,6 +68,15 @@ def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_
     assert fast_steps(done.stderr) == [NEW - 1] * LINEAR
 
 
+def test_options_of_run_are_those_of_patch(expected: str, tmp_path: Path) -> None:
+    """What the reports say of them: on a CPU, why neither does anything."""
+    write(tmp_path / "program.py", PIPELINE)
+    done = python(*RUN, "--deferred-state", "--cuda-graph", "--report", "program.py", TINY, cwd=tmp_path)
+    assert done.stdout == f"{expected}\n", done.stderr
+    assert "deferred_state: two passes on the torch backend" in done.stderr
+    assert "the model is not on a CUDA device" in done.stderr
+
+
 def said(errors: str) -> list[str]:
     """The lines on stderr, without those of other packages as they are imported."""
     return [line for line in errors.splitlines() if "torchao" not in line and "_pytree.py" not in line]
