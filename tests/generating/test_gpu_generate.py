@@ -12,6 +12,7 @@ import torch
 from benchmarks.models import gpu_generate, gpu_tokens
 from benchmarks.models.gpu_models import MODELS, build
 from benchmarks.models.sides import SIDES, chosen, source_of
+from benchmarks.op.gpu_layers import KERNEL_FUNCTIONS
 
 TINY, CPU = MODELS["dense"](4, True), torch.device("cpu")
 SOME = {name: SIDES[name] for name in ("eager", "patched", "compiled")}
@@ -107,10 +108,12 @@ def test_sides_by_name() -> None:
 
 def test_a_side_leaves_the_model_as_it_was() -> None:
     model = build(TINY, CPU, torch.float32)
-    before, functions = {*vars(model)}, dict(vars(source_of(model)))
+    source = source_of(model)
+    before, functions = {*vars(model)}, dict(vars(source))
     with SIDES["patched_compiled"].entered(model):
         assert model.generation_config.cache_implementation == "static"
+        assert not any(hasattr(getattr(source, name), "__wrapped__") for name in KERNEL_FUNCTIONS)
         gpu_generate.generate(model, gpu_generate.prompts(model, 1, 4), 4)
     assert model.generation_config.cache_implementation is None
     assert {*vars(model)} == before
-    assert dict(vars(source_of(model))) == functions
+    assert dict(vars(source)) == functions
