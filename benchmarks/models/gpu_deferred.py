@@ -24,6 +24,7 @@ from qwen_fastdecode.cli.compare.generation import generate
 BATCHES = (256, 128, 64, 32)
 WARM, PERIODS, N = 8, 7, 8  # the first tokens capture; then whole periods, of a multiple of both N of the table
 EQUAL_TOKENS = 128
+PROMPT = 16
 
 Row = dict[str, Any]
 SIDES: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def same_tokens(device: torch.device, tiny: bool) -> Row:
     """float32: sequences whose tokens are those of upstream, side by side."""
     model = build(dense(4, tiny), device, torch.float32)
     batch = 2 if tiny else 32
-    inputs, steps = prompts(model, batch), 16 if tiny else EQUAL_TOKENS
+    inputs, steps = prompts(model, batch, PROMPT), 16 if tiny else EQUAL_TOKENS
     expected = generate(model, inputs, steps).tokens
     equal = {}
     for side, options in SIDES.items():
@@ -52,7 +53,7 @@ def same_tokens(device: torch.device, tiny: bool) -> Row:
 
 def speeds(model: Any, batch: int, sides: dict[str, dict[str, Any]], rounds: int, tiny: bool) -> Row:
     """ms a token on each side: the mean and the slowest of the round with the least mean; and tokens a second."""
-    inputs, steps = prompts(model, batch), WARM + PERIODS * N + 1
+    inputs, steps = prompts(model, batch, PROMPT), WARM + PERIODS * N + 1
     found: dict[str, list[list[float]]] = {side: [] for side in sides}
     for turn in range(rounds + 1):  # the first warms up
         for side, options in sides.items():
