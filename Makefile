@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/python benchmarks/figures.py --check
 
 # Writes what README.md and docs/performance.md say of measurements from the committed results.
-figures: $(SLIM)
+figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
 
 # Every Transformers that is supported, each in an environment of its own under build/; writes docs/compatibility.md.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
+from qwen_fastdecode.cli.quiet import quiet_imports
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory announces itself
-for name in ("torchao", "torch.utils._pytree"):  # Transformers imports torchao where it is, and that complains
-    logging.getLogger(name).setLevel(logging.ERROR)
+quiet_imports()

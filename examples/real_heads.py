@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
+
+from qwen_fastdecode.cli.quiet import quiet_imports
 
 TOKENIZER = Path(__file__).parent / "checkpoints" / "qwen3_next-tiny"
 CONFIG = {
@@ -42,10 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="FOLDER", type=Path, help="where the checkpoint goes")
     out = parser.parse_args().out
+    quiet_imports()
     transformers.logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+    config = transformers.Qwen3NextConfig(**CONFIG, vocab_size=len(tokenizer), initializer_range=0.1)
     torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**CONFIG, vocab_size=len(tokenizer), initializer_range=0.1))
+    model = transformers.Qwen3NextForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("dt_bias"):  # upstream's constant forgets within a token or two
             torch.nn.init.uniform_(parameter, -6, 1)

@@ -45,6 +45,7 @@ def patch(
     state_dtype: torch.dtype | None = None,
     head_parallel: HeadParallel = "auto",
     cuda_graph: bool = False,
+    deferred_state: bool = False,
 ) -> PatchReport:
     """Makes gated DeltaNet layers decode one token through one fused step instead of dozens of kernels.
 
@@ -63,6 +64,9 @@ def patch(
             Every rank must patch, and unpatch, alike.
         cuda_graph: on a GPU, decode steps of `generate` are captured as one CUDA graph and replayed, where they can be;
             `status` says how many were and why others were not. docs/cuda-graph.md says when it is worth it.
+        deferred_state: on a GPU, batches that are large enough write their recurrent states every N-th step only, which
+            is less memory traffic; whoever reads a state in between finds it settled. docs/deferred-state.md says when
+            it is worth it. A tensor that was taken out of a cache and kept is a snapshot.
 
     Returns:
         A report with one entry a layer; `print` it.
@@ -73,11 +77,12 @@ def patch(
         UnknownUpstream: Transformers' own code is not a version that was reviewed and does not pass the self-test, or
             somebody else's patch lies over it.
         BackendUnavailable: `backend` cannot run on the layers' device.
+        PatchError: deferred_state with a Transformers before 5.5, whose caches do not show who reads a state.
         ValueError: there is no such backend or head_parallel, or a state cannot have that dtype.
         TypeError: `model` is no model.
         RanksDisagree: another rank of a tensor-parallel model was patched otherwise, failed, or did not come in time.
     """
-    settings = Settings(backend, state_dtype, head_parallel, cuda_graph)
+    settings = Settings(backend, state_dtype, head_parallel, cuda_graph, deferred_state)
     with everything.lock:
         if model is None:
             report = everything.patch_everything(Everything(settings, strict, everything.kept_plans()), lasting=True)
@@ -137,13 +142,14 @@ def patched(
     state_dtype: torch.dtype | None = None,
     head_parallel: HeadParallel = "auto",
     cuda_graph: bool = False,
+    deferred_state: bool = False,
 ) -> Iterator[PatchReport]:
     """`patch` for the length of a with block. Yields the report.
 
     Blocks may overlap, in other threads and tasks too: a layer has the plan of the block that was entered last among
     those that are open, and what `patch` gave it once all have ended.
     """
-    settings = Settings(backend, state_dtype, head_parallel, cuda_graph)
+    settings = Settings(backend, state_dtype, head_parallel, cuda_graph, deferred_state)
     holder: Any = object() if model is not None else Everything(settings, strict)
     with everything.lock:
         if model is None:

@@ -17,6 +17,7 @@ COUNTING = (
     "Counters count eager steps and those that cuda_graph=True replays; steps inside torch.compile or somebody else's "
     "CUDA graphs are not counted."
 )
+NOTHING_CAPTURED = "cuda_graph: nothing was captured"
 CUDA_GRAPH_HINT = (
     "patch(model, cuda_graph=True) also runs decode steps of generate as one CUDA graph: docs/cuda-graph.md"
 )
@@ -39,6 +40,8 @@ class LayerStatus:
     fast_steps: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     split_steps: int = 0  # of the fast ones, on this tensor-parallel rank's heads alone
+    deferred_steps: int = 0  # of the fast ones, with the states written every N-th time
+    ring_bytes: int = 0  # memory that holds what such steps have not written yet, of all living caches
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,23 @@ class GraphStatus:
     replays: int = 0
     tokens: int = 0  # that replays gave: one a sequence
     grouped_calls: int = 0  # calls in which experts kept grouped_mm while decoding
+    norms: int = 0  # of the last capture: run as one kernel each, to upstream's bits
+    norms_in_three: int = 0  # as three
+    norms_left: dict[str, int] = field(default_factory=dict)  # those that are upstream's own there, by the reason
     reasons: dict[str, int] = field(default_factory=dict)  # calls, or the rest of them, that ran eagerly
     details: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"cuda_graph: {self.captures} captured, {self.replays} replays, {self.tokens} tokens; "
-            f"{self.compared} of {self.captures} first replays were compared with an eager step (distance "
-            f"{self.worst:.1e})"
-        ]
+        compared = f"{self.compared} of {self.captures} first replays were compared with an eager step"
+        captured = f"{self.captures} captured, {self.replays} replays, {self.tokens} tokens; {compared}"
+        lines = [f"cuda_graph: {captured} (distance {self.worst:.1e})" if self.captures else NOTHING_CAPTURED]
         if self.grouped_calls:
             lines.append(f"cuda_graph: experts kept grouped_mm while decoding in {self.grouped_calls} calls")
+        for norms, kernels in ((self.norms, "one kernel"), (self.norms_in_three, "3 kernels")):
+            if norms:
+                lines.append(f"cuda_graph: {norms} norms run as {kernels} each instead of 10, to the same bits")
+        for reason, count in sorted(self.norms_left.items()):
+            lines.append(f"cuda_graph: {count} norms are upstream's own: {reason}")
         for reason, count in sorted(self.reasons.items()):
             detail = f" ({self.details[reason]})" if reason in self.details else ""
             lines.append(f"cuda_graph: eager: {reason}: {count}{detail}")
@@ -87,6 +96,16 @@ class Status:
         return sum(layer.split_steps for layer in self.layers)
 
     @property
+    def deferred_steps(self) -> int:
+        """Of `fast_steps`, those that left the states to be written by one of the next."""
+        return sum(layer.deferred_steps for layer in self.layers)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Memory that holds what such steps have not written yet, of all living caches."""
+        return sum(layer.ring_bytes for layer in self.layers)
+
+    @property
     def fallbacks(self) -> dict[str, int]:
         """Calls that upstream's forward served, by reason; prefills among them."""
         total: Counter[str] = Counter()
@@ -106,7 +125,8 @@ class Status:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as JSON has it."""
-        totals = {name: getattr(self, name) for name in ("covered", "fast_steps", "split_steps", "prefills")}
+        names = "covered", "fast_steps", "split_steps", "deferred_steps", "ring_bytes", "prefills"
+        totals = {name: getattr(self, name) for name in names}
         return {
             **totals,
             "fallbacks": self.fallbacks,
@@ -154,6 +174,9 @@ class Status:
         notes = [f"fallback: {reason}: {count}" for reason, count in sorted(others.items())]
         if self.split_steps:
             notes.insert(0, f"on this rank's heads alone: {self.split_steps} of {self.fast_steps} fast steps")
+        if self.deferred_steps:
+            rings = f"rings hold {self.ring_bytes / 2**20:.1f} MiB now"
+            notes.insert(0, f"deferred states: {self.deferred_steps} of {self.fast_steps} fast steps; {rings}")
         long = [layer.reason for layer in self.layers if _in_a_table(layer.reason) != layer.reason]
         notes += dict.fromkeys([*long, *self.notes])
         if any(layer.covered and layer.fallbacks and not layer.fast_steps for layer in self.layers):

@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
 # The proof on a GPU, from the repository's root: correctness, compute-sanitizer, tiles, speed; then one table.
 #
-#   bash benchmarks/checks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
+#   bash benchmarks/checks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--sides NAMES] [--dry-run] [SECTION...]
 #
-# Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only generate (end to
-# end) and ways (CUDA graphs, reduce-overhead, bitsandbytes). All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs
-# the same code on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on PYTHONPATH is used.
+# Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only
+#   dense experts   whole models: the float32 tokens of every side, then their speed; --sides eager,patched for some. Rows
+#                   that the folder holds are not measured again
+#   norms           the norm of a captured step beside upstream's: bits, microseconds
+#   graph           what is true of cuda_graph=True beside its speed
+#   ways            CUDA graphs by hand, reduce-overhead, bitsandbytes
+# All end within --limit seconds (540); a section that is cut short keeps the rows it has. --dry-run runs the same code
+# on a CPU at tiny sizes, in Triton's interpreter. Nothing is installed; what is on PYTHONPATH is used.
 # Exit code 1 if any section found something wrong or was cut short; the others still run.
 set -u
 cd "$(dirname "$0")/../.."
-out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sections=()
+out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sides=() sections=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift ;;
     --limit) limit=${2:?--limit needs seconds}; shift ;;
+    --sides) sides=(--sides "${2:?--sides needs names}"); shift ;;
     --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
-    correctness | sanitize | tiles | speed | generate | ways) sections+=("$1") ;;
+    dense | experts) sections+=("tokens-$1" "generate-$1") ;;
+    correctness | sanitize | tiles | speed | norms | graph | ways) sections+=("$1") ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
   shift
@@ -26,14 +33,17 @@ export PATH=$PATH:/usr/local/cuda/bin # where CUDA keeps compute-sanitizer
 python=${PYTHON:-python3} failed=()
 declare -A module=(
   [correctness]=checks.gpu_correctness [sanitize]=checks.gpu_sanitize [tiles]=op.gpu_tiles [speed]=op.gpu_speed
-  [generate]=models.gpu_generate [ways]=models.gpu_ways
+  [tokens]=models.gpu_tokens [generate]=models.gpu_generate [norms]=op.gpu_norms [graph]=models.gpu_graph [ways]=models.gpu_ways
 )
 mkdir -p "$out"
 for section in "${sections[@]}"; do
   start=$SECONDS
   echo "== $section"
   left=$((limit - SECONDS > 1 ? limit - SECONDS : 1))
-  timeout -k 5 "$left" "$python" -m "benchmarks.${module[$section]}" --out "$out" "${dry[@]}" || failed+=("$section ($?)")
+  model=() # of sections such as tokens-dense
+  [ "${section%-*}" = "$section" ] || model=(--model "${section#*-}" "${sides[@]}")
+  timeout -k 5 "$left" "$python" -m "benchmarks.${module[${section%-*}]}" --out "$out" "${model[@]}" "${dry[@]}" ||
+    failed+=("$section ($?)")
   echo "== $section took $((SECONDS - start)) s"
 done
 "$python" -m benchmarks.checks.gpu_report --out "$out" || failed+=(report)

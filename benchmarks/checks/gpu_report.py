@@ -46,7 +46,7 @@ def machine() -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
-    facts["revision"] = _command("git", "rev-parse", "--short", "HEAD") or "unknown"
+    facts["revision"] = _command("git", "describe", "--always", "--dirty") or "unknown"
     facts["kernel"] = hashlib.sha256(KERNEL.read_bytes()).hexdigest()[:12]
     facts["date"] = _command("date", "-u", "+%Y-%m-%d")
     if torch.cuda.is_available():

@@ -1,203 +1,236 @@
-"""Tokens per second of `generate` with and without the patch, on random-weight models of real shapes."""
+"""Tokens per second of `generate`, each side beside the others, on a random-weight model of real shape.
+
+generate-MODEL.json: {"machine": {...}, "results": [row, ...]}, a row a model, batch and side, written when it is there:
+
+    model, batch, side    as `gpu_models` and `sides` name them
+    prompt                tokens before the first new one
+    ms_a_token            of one token of every sequence: the best round's median. rounds_ms has every round's: until
+                          the two best are near each other, as other programs slow the host down
+    tokens_per_s          of all sequences together
+    first_s, hundredth_s  from before the side is entered (patching included) until the token is there, in the first
+                          call of this side with this batch: what it compiles is compiled in it, from empty caches
+    first_call_ms         of the tokens of that first call, from the second on
+    device_ms             what the device works for a token; what is left of ms_a_token is the host's. null on a CPU
+    kernels               whose kernels the gated DeltaNet layers ran, by the profiler. null on a CPU
+    logits                relative RMS from Transformers alone, over the same forced tokens
+
+or `error` in the place of the figures. Sides that do not compile take turns, as the host drifts. Rows that --out
+holds already are kept and not measured again; no side is measured that `gpu_tokens` did not find right.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-import qwen_fastdecode
-from benchmarks.checks.gpu_report import progress, write_section
-from benchmarks.models.gpu_models import ModelShape, build, dense, experts
-from benchmarks.op.gpu_layers import installed_kernels, pytorch_functions, release_memory
+from benchmarks.checks.gpu_report import machine, write_section
+from benchmarks.models.gpu_models import MODELS, build
+from benchmarks.models.sides import FLA, OURS, PYTORCH, SIDES, Side, chosen, distance, forced_tokens, prompts
+from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode.cli.compare.generation import Batch, Clock, forced_logits, generate
-from qwen_fastdecode.cli.compare.layerwise import LayerwiseCheck
 
-BATCHES = (1, 32, 256)
-PROMPT, NEW_TOKENS, ROUNDS, FORCED = 16, 24, 3, 5
-PROFILED = 8  # decode steps; reading a profile takes as long as running many of them
-COMPILED_LAYERS = 4  # compiling takes seconds a layer, and the ratio is what is asked for
-# Of one layer step on the same inputs, bf16, ours rounding once and upstream after every operation: 5.6e-3 at 32 heads
-# of 128, up to three times that where a layer is tiny.
-STEP_LIMIT = 2e-2
-# Compiled graphs cannot be watched layer by layer. The roundings of all layers add up to some percent of the logits of
-# a dense model (with experts, to other experts being chosen); one layer computed wrongly changes them altogether.
-LOGITS_LIMIT = 0.15
-PATCHED = "patched"  # a side; the others have the names of what they run
-OURS, INSTALLED = "decode_token", ("fused_recurrent", "causal_conv1d")  # in the names of the kernels
+LAYERS = {"dense": 32, "experts": 8}
+BATCHES, COMPILED_BATCHES = (1, 32, 8, 128), ((1, 32), (8, 128))  # the most important first
+PROMPT, HUNDRED, NEW_TOKENS, FORCED = 16, 100, 48, 12
+NEAR, MOST_ROUNDS = 1.05, 5
+SETTLED = 6  # steps of a call, after which nothing is tuned or captured any more
+PROFILE_FROM, PROFILED = 10, 4  # tokens
+# bfloat16: the roundings of all layers add up to some percent; with experts, to other experts being chosen. Logits of
+# unlike texts are 1.4 apart.
+LOGITS_LIMIT = {"dense": 0.15, "experts": 0.4}
+KERNELS = {OURS: ("decode_token",), FLA: ("fused_recurrent",)}  # in the names of kernels
 
 Row = dict[str, Any]
-Enter = Callable[[], AbstractContextManager[Any]]
+FAILURES = (AssertionError, RuntimeError, TorchDynamoException)
 
 
-@dataclass(frozen=True)
-class Side:
-    """One way to run a model on one batch."""
+class Results:
+    """The rows of one model, in their file."""
 
-    tokens_per_second: float
-    logits: torch.Tensor  # [B, decode steps, vocabulary] of the same forced tokens on every side
-    work: DeviceWork
+    def __init__(self, folder: str, model: str):
+        self._folder, self._name = folder, f"generate-{model}"
+        path = Path(folder) / f"{self._name}.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": []}
+        for fact in ("device", "torch", "transformers", "kernel"):
+            if earlier["machine"].get(fact) != machine().get(fact):
+                raise ValueError(f"{path} is of {fact} {earlier['machine'].get(fact)}, not {machine().get(fact)}")
+        self.rows: list[Row] = [row for row in earlier["results"] if "error" not in row and settled(row["rounds_ms"])]
 
+    def lacks(self, batch: int, side: str) -> bool:
+        return not any((row["batch"], row["side"]) == (batch, side) for row in self.rows)
 
-@dataclass(frozen=True)
-class DeviceWork:
-    """What the device did in decode steps, by the profiler: no counter sees inside a compiled graph."""
-
-    kernels: frozenset[str]  # their names; empty on a CPU
-    ms: float  # a step, all kernels and copies added up: free of what the host costs; 0 on a CPU
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+        print({key: value for key, value in shown.items() if key != "first_call_ms"}, flush=True)
+        write_section(self._folder, self._name, self.rows)
 
 
 class ProfiledSteps(Clock):
-    """Profiles some decode steps of `generate`, from the third on: the first two may compile and capture."""
+    """Profiles some decode steps of a call; the device has nothing left to do where they begin and where they end."""
 
     def __init__(self) -> None:
         super().__init__()
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
 
-    def put(self, value: torch.Tensor) -> None:
-        """Tokens have arrived: the prompt, the prefill's, then one of every sequence a step."""
+    def put(self, value: Tensor) -> None:
         super().put(value)
-        if len(self.arrivals) == 4:
+        if len(self.arrivals) == PROFILE_FROM:
+            torch.cuda.synchronize()
             self.profile.start()
-        if len(self.arrivals) == 4 + PROFILED:
+        if len(self.arrivals) == PROFILE_FROM + PROFILED:
+            torch.cuda.synchronize()
             self.profile.stop()
 
 
-def measure(shape: ModelShape, batches: tuple[int, ...], compiled: bool, device: torch.device) -> Iterator[Row]:
-    """Rows of one model: a batch each, unpatched with each of upstream's implementations, and patched."""
-    model = build(shape, device, torch.bfloat16)
-    model.generation_config.cache_implementation = "static" if compiled else None
-    source = sys.modules[type(_first_layer(model)).__module__]
-    sides: dict[str, Enter] = {PATCHED: partial(_patched, model, device), "PyTorch": partial(pytorch_functions, source)}
-    if installed_kernels(source):
-        sides["installed"] = nullcontext
-    for size in batches:
-        batch = _prompts(model, size, device)
-        tokens = torch.randint_like(batch["input_ids"][:, :FORCED], model.config.get_text_config().vocab_size)
-        step = None if compiled else _step_distance(model, batch, device)
-        found = _run_sides(model, batch, tokens, sides, alternate=not compiled)
-        ours = found.pop(PATCHED)
-        for name, before in found.items():
-            row = {"model": shape.name, "mode": "static cache, compiled" if compiled else "eager", "batch": size}
-            yield {**row, "asked": name, **_compare(before, ours, step)}
+def in_turns(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
+    """Sides that do not compile: the first call of each, then rounds of all."""
+    expected = _expected(model, inputs)
+    found = {name: _first_call(model, inputs, side, expected, limit) for name, side in sides.items()}
+    for _ in range(MOST_ROUNDS):
+        for name, side in sides.items():
+            if "error" not in found[name] and not settled(found[name]["rounds_ms"]):
+                found[name] = _another_round(model, inputs, side, found[name])
+    yield from ((name, _with_speed(row, inputs)) for name, row in found.items())
 
 
-def _run_sides(
-    model: Any, batch: Batch, tokens: torch.Tensor, sides: dict[str, Enter], *, alternate: bool
-) -> dict[str, Side | str]:
-    """Every side, or why it did not run; its speed is the median step of its best round.
-
-    Rounds alternate where they can, as the host's speed drifts. What was compiled is lost when another side begins.
-    """
-    seen: dict[str, tuple[torch.Tensor, DeviceWork] | str] = {}
-    steps: dict[str, list[float]] = {name: [] for name in sides}
-    turns = [*sides] * ROUNDS if alternate else [*sides]
-    for name in turns:
-        try:
-            with sides[name]():
-                if name not in seen:  # compiles and warms up
-                    torch._dynamo.reset()
-                    seen[name] = forced_logits(model, batch, tokens), _device_work(model, batch)
-                for _ in range(1 if alternate else ROUNDS):
-                    steps[name].append(statistics.median(generate(model, batch, NEW_TOKENS).step_ms[2:]))
-        except (AssertionError, RuntimeError, TorchDynamoException) as error:
-            seen[name] = f"{type(error).__name__}: {error}"[:300]
-    return {
-        name: what if isinstance(what, str) else Side(1e3 * len(tokens) / min(steps[name]), *what)
-        for name, what in seen.items()
-    }
+def compiled(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
+    """Sides that compile, each for itself: leaving one loses what it compiled."""
+    expected = _expected(model, inputs)
+    for name, side in sides.items():
+        yield name, _with_speed(_first_call(model, inputs, side, expected, limit), inputs)
 
 
-def _device_work(model: Any, batch: Batch) -> DeviceWork:
+def settled(rounds_ms: list[float]) -> bool:
+    """Whether the speed of a side is known: its two best rounds are near each other, or there have been enough."""
+    best = sorted(rounds_ms)[:2]
+    return len(rounds_ms) >= MOST_ROUNDS or (len(best) == 2 and best[1] <= NEAR * best[0])
+
+
+def _expected(model: Any, inputs: Batch) -> Tensor:
+    with SIDES["eager"].entered(model):
+        return forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED))
+
+
+def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: float) -> Row:
+    """The first call, as a program begins; what the side computes, by which kernels; if it compiles, its rounds too."""
+    clock = Clock()
+    _wait(model)
+    start = time.perf_counter()
+    try:
+        with side.entered(model):
+            generate(model, inputs, HUNDRED, clock)
+            row = {"first_s": clock.arrivals[1] - start, "hundredth_s": clock.arrivals[HUNDRED] - start}
+            row |= {"first_call_ms": [round(ms, 2) for ms in clock.step_ms], "rounds_ms": []}
+            row |= _device_work(model, inputs)
+            while side.compiled and not settled(row["rounds_ms"]):
+                row["rounds_ms"].append(_round(model, inputs))
+            tokens = forced_tokens(model, len(expected), FORCED)
+            row["logits"] = distance(forced_logits(model, inputs, tokens), expected)
+        assert row["logits"] < limit, f"logits differ by {row['logits']:.2e}"
+        assert row["kernels"] in (None, side.kernels), f"ran kernels of {row['kernels']}, not of {side.kernels}"
+        return row
+    except FAILURES as error:
+        return _failure(model, error)
+
+
+def _another_round(model: Any, inputs: Batch, side: Side, row: Row) -> Row:
+    try:
+        with side.entered(model):
+            return {**row, "rounds_ms": [*row["rounds_ms"], _round(model, inputs)]}
+    except FAILURES as error:
+        return _failure(model, error)
+
+
+def _failure(model: Any, error: BaseException) -> Row:
+    said = f"{type(error).__name__}: {error}"[:300]
+    release_memory(model.device)
+    return {"error": said}
+
+
+def _round(model: Any, inputs: Batch) -> float:
+    """ms a token."""
+    return statistics.median(generate(model, inputs, NEW_TOKENS).step_ms[SETTLED:])
+
+
+def _with_speed(row: Row, inputs: Batch) -> Row:
+    if "error" in row:
+        return row
+    best = min(row["rounds_ms"])
+    return {"ms_a_token": best, "tokens_per_s": 1e3 * len(inputs["input_ids"]) / best, **row}
+
+
+def _device_work(model: Any, inputs: Batch) -> Row:
+    """ms a token that the device works, and whose kernels it ran."""
     if model.device.type != "cuda":
-        return DeviceWork(frozenset(), 0.0)
+        return {"device_ms": None, "kernels": None}
     clock = ProfiledSteps()
-    generate(model, batch, NEW_TOKENS, clock)
+    generate(model, inputs, PROFILE_FROM + PROFILED + 2, clock)
     events = [event for event in clock.profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    ran = [whose for whose, parts in KERNELS.items() if any(part in event.name for event in events for part in parts)]
     ms = sum(event.time_range.elapsed_us() for event in events) / 1e3 / PROFILED
-    return DeviceWork(frozenset(event.name for event in events), ms)
+    return {"device_ms": ms, "kernels": " and ".join(ran) or PYTORCH}
 
 
-def _ran(side: Side, *names: str) -> bool:
-    return any(name in kernel for kernel in side.work.kernels for name in names)
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def _step_distance(model: Any, batch: Batch, device: torch.device) -> float:
-    """The largest distance of one fast layer step from upstream's on the same inputs, over some layers and steps."""
-    names = [name for name, module in model.named_modules() if type(module).__name__.endswith("GatedDeltaNet")]
-    check = LayerwiseCheck(model, [names[0], names[len(names) // 2], names[-1]])
-    with _patched(model, device), check.watching():
-        generate(model, batch, 4)
-    return check.distance.relative_rms
+def right_sides(folder: str, model: str, asked: dict[str, Side]) -> dict[str, Side]:
+    """Those that `gpu_tokens` found right. Raises FileNotFoundError where it was not run."""
+    rows = json.loads((Path(folder) / f"tokens-{model}.json").read_text())["results"]
+    wrong = {row["side"] for row in rows if not row.get("right")}
+    proved = {row["side"] for row in rows} - wrong
+    for name in {*asked} - proved:
+        print(f"no speed for {name}: {'its float32 tokens are wrong' if name in wrong else 'not proved'}", flush=True)
+    return {name: side for name, side in asked.items() if name in proved}
 
 
-def _compare(before: Side | str, after: Side | str, step: float | None) -> Row:
-    """Both speeds and what the unpatched side ran, unless the two sides differ too much or ran the same kernels."""
-    if isinstance(before, str):
-        return {"error": f"unpatched: {before}"}
-    if isinstance(after, str):
-        return {"error": f"patched: {after}"}
-    logits = ((after.logits - before.logits).norm() / before.logits.norm()).item()
-    distance, limit = (logits, LOGITS_LIMIT) if step is None else (step, STEP_LIMIT)
-    if not distance <= limit:
-        return {"error": f"no speed: {'logits' if step is None else 'a layer step'} differ by {distance:.2e}"}
-    if after.work.kernels and (_ran(before, OURS) or not _ran(after, OURS)):
-        return {"error": "no speed: the patched side did not run the fast kernel, or the unpatched side did"}
-    kernels = "installed" if _ran(before, *INSTALLED) else "PyTorch"
-    speeds = {"before": before.tokens_per_second, "after": after.tokens_per_second}
-    device_ms = {"device_ms_before": before.work.ms, "device_ms_after": after.work.ms}
-    return {**speeds, **device_ms, "kernels": kernels, "step": step, "logits": logits}
-
-
-@contextmanager
-def _patched(model: Any, device: torch.device) -> Iterator[None]:
-    """The patch, by the backend that this device is for; raises AssertionError if it served nothing in eager mode."""
-    with qwen_fastdecode.patched(model, backend="triton" if device.type == "cuda" else "torch"):
-        yield
-        status = qwen_fastdecode.status(model)
-        eager = model.generation_config.cache_implementation is None
-        assert status.fast_steps or not eager, f"no step was served fast:\n{status}"
-
-
-def _prompts(model: Any, size: int, device: torch.device) -> Batch:
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (size, PROMPT), device=device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _first_layer(model: Any) -> Any:
-    return next(module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet"))
+def measure(model: Any, name: str, of: str, sides: dict[str, Side], batches: Any, results: Results) -> None:
+    """Every side at every batch, the most important first."""
+    eager = {side: how for side, how in sides.items() if not how.compiled}
+    own = {side: how for side, how in sides.items() if how.compiled and not how.fla}
+    rest = {side: how for side, how in sides.items() if how.compiled and how.fla}
+    plan = [(in_turns, batch, eager) for batch in batches]
+    for some in COMPILED_BATCHES:
+        plan += [(compiled, batch, own) for batch in some if batch in batches]
+    plan += [(compiled, batch, rest) for batch in COMPILED_BATCHES[0] if batch in batches]
+    for way, batch, which in plan:
+        todo = {side: how for side, how in which.items() if results.lacks(batch, side)}
+        if todo:
+            for side, row in way(model, prompts(model, batch, PROMPT), todo, LOGITS_LIMIT[of]):
+                results.add({"model": name, "batch": batch, "side": side, "prompt": PROMPT, **row})
+            release_memory(model.device)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
-    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU, by the torch backend")
-    parser.add_argument("--match", default="", help="only the models whose name and mode contain this")
-    dry_run = (arguments := parser.parse_args()).dry_run
-    device = torch.device("cpu" if dry_run else "cuda")
-    todo = [
-        (dense(4 if dry_run else 32, dry_run), (1, 2) if dry_run else BATCHES, False),
-        (experts(4 if dry_run else 8, dry_run), (1,) if dry_run else BATCHES, False),
-        (dense(4 if dry_run else COMPILED_LAYERS, dry_run), (1,) if dry_run else BATCHES, True),
-    ]
-    todo = [one for one in todo if arguments.match in f"{one[0].name} {'compiled' if one[2] else 'eager'}"]
-    rows: list[Row] = []
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--sides", default="", help="some of them, separated by commas (default: all)")
+    arguments = parser.parse_args()
+    tiny, of = arguments.dry_run, arguments.model
+    shape = MODELS[of](4 if tiny else LAYERS[of], tiny)
+    results = Results(arguments.out, of)
     with torch.no_grad():
-        for shape, batches, compiled in progress(todo, "generate", len(todo)):
-            for row in measure(shape, batches, compiled, device):
-                rows.append(row)
-                write_section(arguments.out, "generate", rows)
-            torch._dynamo.reset()
-            release_memory(device)
-    return 1 if any("error" in row for row in rows) else 0
+        model = build(shape, torch.device("cpu" if tiny else "cuda"), torch.bfloat16)
+        sides = right_sides(arguments.out, of, chosen(arguments.sides, model))
+        with SIDES["eager"].entered(model):
+            generate(model, prompts(model, 1, PROMPT), 4)  # what every program pays: the device, cuBLAS, the allocator
+        measure(model, shape.name, of, sides, (1, 2) if tiny else BATCHES, results)
+    return 1 if any("error" in row for row in results.rows) else 0
 
 
 if __name__ == "__main__":

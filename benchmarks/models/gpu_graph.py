@@ -1,6 +1,6 @@
-"""`cuda_graph=True` beside eager decoding and Transformers' own compilation, on random-weight models of real shapes.
+"""What is true of `cuda_graph=True` on random-weight models of real shapes, beside its speed (`gpu_generate`).
 
-Each section is checked before it is timed, and written as soon as it is there. Sides alternate where they can.
+Captures that fail, logits to the bit, sampling, memory, long prompts. Each section is written as soon as it is there.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import statistics
 import sys
 import time
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,34 +19,18 @@ import torch
 import qwen_fastdecode
 from benchmarks.checks.gpu_report import write_section
 from benchmarks.models.gpu_models import ModelShape, build, dense, experts
+from benchmarks.models.sides import SIDES, Side, prompts
 from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode import graph
-from qwen_fastdecode.cli.compare.generation import Batch, generate
+from qwen_fastdecode.cli.compare.generation import generate
 from qwen_fastdecode.graph.call import Call
 from qwen_fastdecode.graph.capture import Graph, Pool, copied
 from qwen_fastdecode.graph.fingerprint import Fingerprint
 
-PROMPT, NEW_TOKENS, SHORT, HUNDRED = 16, 48, 32, 100
-FLOAT32_STEPS, BITS_STEPS = 512, 64
+PROMPT, NEW_TOKENS, SHORT, BITS_STEPS = 16, 48, 32, 64
 
 Row = dict[str, Any]
-Enter = Callable[[], AbstractContextManager[Any]]
-
-
-@contextmanager
-def eager_patched(model: Any) -> Iterator[None]:
-    with qwen_fastdecode.patched(model):
-        yield
-
-
-@contextmanager
-def captured(model: Any) -> Iterator[None]:
-    """Raises AssertionError where calls were not captured."""
-    with qwen_fastdecode.patched(model, cuda_graph=True):
-        yield
-        found = graph.describe(model)
-        print(found, flush=True)
-        assert found.replays or model.device.type != "cuda", f"nothing was replayed: {found}"
+captured = SIDES["cuda_graph"].entered
 
 
 @contextmanager
@@ -62,54 +45,9 @@ def fixed_addresses(model: Any) -> Iterator[None]:
         Call._captured = kept  # type: ignore[method-assign]
 
 
-@contextmanager
-def compiled(model: Any, *, patch: bool) -> Iterator[None]:
-    """Transformers' own: a static cache, and torch.compile with CUDA graphs."""
-    torch._dynamo.reset()
-    model.generation_config.cache_implementation = "static"
-    try:
-        with qwen_fastdecode.patched(model) if patch else nullcontext():
-            yield
-    finally:
-        model.generation_config.cache_implementation = None
-        for name in ("_compiled_call", "_last_compile_config", "_cache", "_previous_max_cache_length"):
-            vars(model).pop(name, None)
-        torch._dynamo.reset()
-
-
-SIDES: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
-    "eager": lambda model: nullcontext(),
-    "patched": eager_patched,
-    "cuda_graph": captured,
-}
-COMPILED = {"compiled": partial(compiled, patch=False), "patched, compiled": partial(compiled, patch=True)}
-
-
-def prompts(model: Any, batch: int, length: int = PROMPT) -> Batch:
-    torch.manual_seed(1)
-    ids = torch.randint(1, model.config.get_text_config().vocab_size, (batch, length), device=model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def same_tokens(shapes: list[ModelShape], device: torch.device, steps: int) -> Iterator[Row]:
-    """float32: the tokens of eager upstream, and of the captured step, over many steps."""
-    for shape in shapes:
-        model = build(shape, device, torch.float32)
-        for batch in (1, 3):
-            inputs = prompts(model, batch)
-            said = {}
-            for name, side in SIDES.items():
-                with side(model):
-                    said[name] = generate(model, inputs, steps).tokens
-            equal = {name: bool(torch.equal(tokens, said["eager"])) for name, tokens in said.items()}
-            yield {"model": shape.name, "batch": batch, "steps": steps, "equal to eager": equal}
-        del model
-        release_memory(device)
-
-
 def same_bits(model: Any, name: str, batch: int, steps: int) -> Row:
     """bfloat16: logits of replays beside eager steps on the same cache, to the bit."""
-    inputs, found = prompts(model, batch), {}
+    inputs, found = prompts(model, batch, PROMPT), {}
     for side, enter in {"captured": captured, "eager": fixed_addresses}.items():
         with enter(model):
             out = model.generate(
@@ -145,7 +83,7 @@ def noise(model: Any, name: str, batch: int, length: int) -> Row:
 
 def sampled(model: Any, name: str) -> Row:
     """Sampling with a seed: the same tokens on the same cache."""
-    inputs, said = prompts(model, 4), {}
+    inputs, said = prompts(model, 4, PROMPT), {}
     for side, enter in {"captured": captured, "eager": fixed_addresses}.items():
         with enter(model):
             torch.manual_seed(3)
@@ -153,55 +91,28 @@ def sampled(model: Any, name: str) -> Row:
     return {"model": name, "sampled tokens equal": bool(torch.equal(said["captured"], said["eager"]))}
 
 
-def speeds(model: Any, name: str, batch: int, sides: Any, *, length: int = PROMPT, rounds: int = 2) -> Row:
-    """ms a token on each side, of the best round; and the whole of a short call."""
+def speeds(model: Any, name: str, sides: dict[str, Side], batch: int, length: int) -> Row:
+    """ms a token after a long prompt, on each side; and the whole of a short call."""
     inputs = prompts(model, batch, length)
-    steps: dict[str, list[float]] = {side: [] for side in sides}
-    short: dict[str, list[float]] = {side: [] for side in sides}
-    first: dict[str, float] = {}
-    errors: dict[str, str] = {}
-    for turn in range(rounds + 1):  # the first warms up
-        for side, enter in sides.items():
-            if side in errors or (turn == 0 and side == "eager" and batch > 1):
+    row: Row = {"model": name, "batch": batch, "prompt": length, "errors": {}, "ms a token": {}, "ms, 32 tokens": {}}
+    for turn in range(2):  # the first warms up
+        for side, how in sides.items():
+            if side in row["errors"]:
                 continue
             try:
-                with enter(model):
+                with how.entered(model):
                     run = generate(model, inputs, NEW_TOKENS)
                     if turn:
-                        steps[side].append(statistics.median(run.step_ms[6:]))
+                        row["ms a token"][side] = statistics.median(run.step_ms[6:])
                         _wait(model)
                         start = time.perf_counter()
                         generate(model, inputs, SHORT)
                         _wait(model)
-                        short[side].append(1e3 * (time.perf_counter() - start))
-                        first[side] = run.prefill_ms
+                        row["ms, 32 tokens"][side] = 1e3 * (time.perf_counter() - start)
             except (RuntimeError, AssertionError) as error:
-                errors[side] = f"{type(error).__name__}: {error}"[:300]
+                row["errors"][side] = f"{type(error).__name__}: {error}"[:300]
                 release_memory(model.device)
-    row: Row = {"model": name, "batch": batch, "prompt": length, "errors": errors}
-    row["ms a token"] = {side: min(found) for side, found in steps.items() if found}
-    row["ms, 32 tokens"] = {side: min(found) for side, found in short.items() if found}
-    row["ms to the first token"] = first
     return row
-
-
-def hundredth(model: Any, name: str, batch: int) -> Iterator[Row]:
-    """Fresh, as a program begins: seconds to the first and to the hundredth token, and ms a token after."""
-    inputs = prompts(model, batch)
-    for side, enter in {**SIDES, **COMPILED}.items():
-        with enter(model):
-            start = time.perf_counter()
-            run = generate(model, inputs, HUNDRED + 40)
-            hundred = run.prefill_ms + sum(run.step_ms[: HUNDRED - 1])
-            yield {
-                "model": name,
-                "batch": batch,
-                "side": side,
-                "s to the first token": run.prefill_ms / 1e3,
-                "s to the hundredth": hundred / 1e3,
-                "ms a token after": statistics.median(run.step_ms[HUNDRED:]),
-                "s in all": time.perf_counter() - start,
-            }
 
 
 def memory(model: Any, name: str) -> Row:
@@ -274,10 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
-    parser.add_argument(
-        "--sections", default="failures,tokens,dense,experts,long,compiled", help="which, separated by commas"
-    )
-    parser.add_argument("--name", default="graph", help="of the JSON")
+    parser.add_argument("--sections", default="failures,dense,experts,long", help="which, separated by commas")
     arguments = parser.parse_args()
     tiny = arguments.dry_run
     device = torch.device("cpu" if tiny else "cuda")
@@ -287,19 +195,16 @@ def main() -> int:
     def note(row: Row) -> None:
         rows.append({**row, "at s": round(time.perf_counter() - begun, 1)})
         print(rows[-1], flush=True)
-        write_section(arguments.out, arguments.name, rows)
+        write_section(arguments.out, "graph", rows)
 
     wanted = arguments.sections.split(",")
     with torch.no_grad():
-        if "failures" in wanted:
+        if "failures" in wanted and not tiny:
             note(failures(device))
-        if "tokens" in wanted:
-            for row in same_tokens([dense(4, tiny), experts(4, tiny)], device, 24 if tiny else FLOAT32_STEPS):
-                note(row)
-        if {"dense", "long", "compiled"} & {*wanted}:
-            _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 8, 32, 128), device, wanted, note)
+        if {"dense", "long"} & {*wanted}:
+            _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 128), device, wanted, note)
         if "experts" in wanted:
-            _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 8, 32), device, ["experts"], note)
+            _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 32), device, ["experts"], note)
     return 1 if any(row.get("errors") for row in rows) else 0
 
 
@@ -307,30 +212,17 @@ def _run(shape: ModelShape, batches: tuple[int, ...], device: torch.device, want
     model, name, tiny = build(shape, device, torch.bfloat16), shape.name, device.type == "cpu"
     if {"dense", "experts"} & {*wanted}:
         note(host(model, name))
-        for batch in (1, batches[-1]):
+        for batch in batches:
             note(same_bits(model, name, batch, BITS_STEPS))
         note(sampled(model, name))
-        for batch in batches:
-            note(speeds(model, name, batch, SIDES))
         if not tiny:
             note(memory(model, name))
             for batch, length in ((1, 300), (8, 300), (8, 310)):
                 note(noise(model, name, batch, length))
     if "long" in wanted:
+        sides = {side: SIDES[side] for side in ("patched", "cuda_graph")}
         for batch, length in ((1, 100), (2, 40)) if tiny else ((1, 4096), (1, 32768), (8, 8192), (32, 2048)):
-            note(
-                speeds(
-                    model,
-                    name,
-                    batch,
-                    {side: SIDES[side] for side in ("patched", "cuda_graph")},
-                    length=length,
-                    rounds=1,
-                )
-            )
-    if "compiled" in wanted:
-        for row in hundredth(model, name, 1):
-            note(row)
+            note(speeds(model, name, sides, batch, length))
     del model
     release_memory(device)
 

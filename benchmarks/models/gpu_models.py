@@ -57,3 +57,6 @@ def build(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Any:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(shape.config, dtype=dtype)
     return model.eval()
+
+
+MODELS = {"dense": dense, "experts": experts}

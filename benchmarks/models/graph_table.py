@@ -8,43 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.op.gpu_table import table
+from benchmarks.markdown import table
 
 Row = dict[str, Any]
-# What was asked for: ms a token of eager patched over those of captured, by family and batch.
-TARGETS = {
-    ("qwen3_5", 1): 3.3,
-    ("qwen3_5", 8): 3.3,
-    ("qwen3_5", 32): 2.5,
-    ("qwen3_5", 128): 1.6,
-    ("qwen3_next", 1): 4.0,
-}
-SIDES = ("eager", "patched", "cuda_graph")
+SIDES = ("patched", "cuda_graph")
 
 
 def markdown(machine: Row, rows: list[Row]) -> str:
     """Everything that a run found."""
-    speeds = [row for row in rows if "ms a token" in row and "prompt" in row]
-    short, long = ([row for row in speeds if (row["prompt"] < 1000) is is_short] for is_short in (True, False))
+    long = [row for row in rows if "ms a token" in row]
     parts = ["## The whole token", "; ".join(f"{name} {value}" for name, value in machine.items())]
     parts += ["### Checked", "\n".join(f"- {line}" for line in _checks(rows))]
-    parts += ["### ms a token, prompts of 16", _speeds(short), "### Asked for", "\n".join(_targets(short))]
     if long:
         parts += ["### ms a token after long prompts", _speeds(long)]
-    fresh = [row for row in rows if "s to the hundredth" in row]
-    if fresh:
-        head = (
-            "fresh, batch 1",
-            "s to the first token",
-            "s to the hundredth",
-            "ms a token after",
-            "s in all, 140 tokens",
-        )
-        names = ("s to the first token", "s to the hundredth", "ms a token after", "s in all")
-        parts += [
-            "### As a program begins",
-            table(head, [(row["side"], *(f"{row[x]:.2f}" for x in names)) for row in fresh]),
-        ]
     return "\n\n".join(parts)
 
 
@@ -56,27 +32,14 @@ def _speeds(rows: list[Row]) -> str:
 def _speed(row: Row) -> tuple[str, ...]:
     ms, whole = row["ms a token"], row["ms, 32 tokens"]
     ratio = f"{ms['patched'] / ms['cuda_graph']:.2f}" if {"patched", "cuda_graph"} <= {*ms} else "-"
-    both = ", ".join(f"{whole[side]:.0f}" if side in whole else "-" for side in SIDES[1:])
+    both = ", ".join(f"{whole[side]:.0f}" if side in whole else "-" for side in SIDES)
     shown = (f"{ms[side]:.2f}" if side in ms else "-" for side in SIDES)
     return row["model"], str(row["batch"]), str(row["prompt"]), *shown, ratio, both
 
 
-def _targets(rows: list[Row]) -> Iterator[str]:
-    for (family, batch), target in TARGETS.items():
-        for row in rows:
-            ms = row["ms a token"]
-            if row["model"].startswith(family) and row["batch"] == batch and {"patched", "cuda_graph"} <= {*ms}:
-                ratio = ms["patched"] / ms["cuda_graph"]
-                verdict = "met" if ratio >= target else "NOT met"
-                yield f"- {row['model']}, batch {batch}: {ratio:.2f} of {target} ({verdict})"
-
-
 def _checks(rows: list[Row]) -> Iterator[str]:
     for row in rows:
-        if "equal to eager" in row:
-            said = f"{row['steps']} tokens equal to eager: {row['equal to eager']}"
-            yield f"{row['model']}, float32, batch {row['batch']}, {said}"
-        elif "equal to the bit" in row:
+        if "equal to the bit" in row:
             yield (
                 f"{row['model']}, bfloat16, batch {row['batch']}: logits of {row['equal to the bit']} of "
                 f"{row['steps']} steps equal to the bit (largest difference {row['largest difference']:.1e})"

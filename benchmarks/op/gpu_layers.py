@@ -30,7 +30,8 @@ LAYERS = 36  # gated DeltaNet layers of Qwen3-Next 80B
 COLD = 4  # times the last cache: what all layers' states take together, at least
 BATCHES = (1, 8, 32, 64, 128, 256, 512)
 MEMORY_SHARE = 0.65  # of the free memory, for states; the PyTorch reference needs several states more
-KERNEL_FUNCTIONS = ("torch_recurrent_gated_delta_rule", "causal_conv1d_update")
+DECODE_FUNCTIONS = ("torch_recurrent_gated_delta_rule", "causal_conv1d_update")
+KERNEL_FUNCTIONS = (*DECODE_FUNCTIONS, "torch_chunk_gated_delta_rule", "causal_conv1d_fn")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def pytorch_functions(source: ModuleType) -> Iterator[None]:
 
 def installed_kernels(source: ModuleType) -> list[str]:
     """The functions of other packages that an unpatched step runs; none where upstream found none."""
-    functions = [innermost(getattr(source, name)) for name in KERNEL_FUNCTIONS]
+    functions = [innermost(getattr(source, name)) for name in DECODE_FUNCTIONS]
     names = [f"{function.__module__}.{function.__qualname__}" for function in functions]
     return names if any(name.partition(".")[0] != "transformers" for name in names) else []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
+
 OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
 KNOWN = (OURS, PYTORCH, INSTALLED)
 Row = dict[str, Any]
@@ -36,8 +38,11 @@ def markdown(machines: Sequence[dict[str, str]], sections: dict[str, Any]) -> st
             "### Asked for",
             targets(speed),
         ]
-    if "generate" in sections:
-        parts += ["### End to end", generation(sections["generate"])]
+    for model in ("dense", "experts"):
+        if said := sections.get(f"tokens-{model}"):
+            parts.append("\n".join(_said(said)))
+        if rows := sections.get(f"generate-{model}"):
+            parts += ["### Whole models", generation(rows)]
     return "\n\n".join(parts)
 
 
@@ -132,41 +137,34 @@ def _ratio(rows: Sequence[Row], batch: int, kind: str, baseline: str) -> float |
 
 
 def generation(rows: Sequence[Row]) -> str:
-    """Tokens per second, and the device's own time a step, which no host slows down.
-
-    The last columns say how far one layer step, and the logits, are from upstream's.
-    """
-    head = ("model", "mode", "batch", "upstream", "tokens/s without", "tokens/s with", "ratio")
-    head += ("device ms without", "device ms with", "ratio", "layer step", "logits")
-    return table(head, (_generation_row(row) for row in rows))
+    """Whole models: speed, when the first tokens are there, the device's own time, the distance from upstream."""
+    head = ("model", "batch", "side", "tokens/s", "ms a token", "times eager", "first token, s", "hundredth, s")
+    ordered = sorted(rows, key=lambda row: (row["model"], row["batch"]))
+    alone = {(row["model"], row["batch"]): row for row in rows if row["side"] == "eager"}
+    return table((*head, "device ms", "logits"), (_generation_row(row, alone) for row in ordered))
 
 
-def _generation_row(row: Row) -> tuple[Any, ...]:
-    label = row["model"], row["mode"], row["batch"]
+def _generation_row(row: Row, alone: dict[tuple[str, int], Row]) -> tuple[Any, ...]:
+    label = row["model"], row["batch"], row["side"]
     if "error" in row:
-        return *label, row["asked"], *["-"] * 6, row["error"].replace("\n", " "), "-"
-    upstream = row["kernels"] if row["kernels"] == row["asked"] else f"{row['kernels']} ({row['asked']} asked for)"
-    speeds = f"{row['before']:.0f}", f"{row['after']:.0f}", f"{row['after'] / row['before']:.2f}"
-    device = _device_times(row.get("device_ms_before"), row.get("device_ms_after"))
-    distances = ("-" if row[name] is None else f"{row[name]:.1e}" for name in ("step", "logits"))
-    return *label, upstream, *speeds, *device, *distances
+        return *label, row["error"].replace("\n", " "), *["-"] * 6
+    eager = alone.get((row["model"], row["batch"]), {}).get("ms_a_token")
+    ratio = "-" if eager is None else f"{eager / row['ms_a_token']:.2f}"
+    speed = f"{row['tokens_per_s']:.0f}", f"{row['ms_a_token']:.2f}", ratio
+    device = "-" if row["device_ms"] is None else f"{row['device_ms']:.2f}"
+    return *label, *speed, f"{row['first_s']:.2f}", f"{row['hundredth_s']:.2f}", device, f"{row['logits']:.1e}"
 
 
-def _device_times(before: float | None, after: float | None) -> tuple[str, str, str]:
-    """Both and their ratio; dashes where there was no device."""
-    if not before or not after:
-        return "-", "-", "-"
-    return f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f}"
+def _said(rows: Sequence[Row]) -> Iterable[str]:
+    for row in rows:
+        said = row.get("error") or f"{row['steps']} tokens equal: {row['equal']}; logits {row['logits']:.1e}"
+        verdict = "" if row.get("right") else "NOT RIGHT "
+        yield f"- {verdict}float32, {row['model']}, {row['side']}, batch {row['batch']}: {said}"
 
 
 def shown(tile: Iterable[int] | None) -> str:
     """A tile in few letters, block_v/num_warps/num_stages/max_registers; None is the one of the tile table."""
     return "table's" if tile is None else "/".join(map(str, tile))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _rounded(values: dict[str, float | None]) -> Iterable[tuple[str, str]]:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import qwen_fastdecode
 from benchmarks.checks.gpu_report import machine, write_section
+from benchmarks.markdown import table
 from benchmarks.models.gpu_models import ModelShape, build, dense, experts
-from benchmarks.op.gpu_table import table
 from benchmarks.ranks.tp_counts import of_a_layer
 from qwen_fastdecode.cli.compare.generation import forced_logits, generate
 

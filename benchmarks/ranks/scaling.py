@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.op.gpu_table import table
+from benchmarks.markdown import table
 from qwen_fastdecode.upstream.families import FAMILIES, Family, HeadSizes
 
 RANKS, BATCHES = (1, 2, 4, 8), (1, 32, 256)

@@ -24,6 +24,7 @@ DTYPES = {
     "fp16": "float16",
 }
 STATE_DTYPES = ("bfloat16", "float32")
+BESIDE = {"cuda-graph": "cuda_graph", "compiled": "compiled"}
 
 
 class Exit(IntEnum):
@@ -94,8 +95,18 @@ def _add_compare(subparsers: Any) -> None:
     add("--device-map", metavar="MAP", help="such as auto: weights over several devices, by accelerate")
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
     add("--state-dtype", choices=STATE_DTYPES, help="of the patched model's recurrent states (default: upstream's)")
+    add("--beside", metavar="NAMES", type=_beside, help="of cuda-graph,compiled, or none (default: both, on a GPU)")
     add("--json", metavar="FILE", type=Path, help="write everything that was measured (docs/compare.md)")
     add("--plot", metavar="FILE", type=Path, help="draw the latency of every token and the ratios (png, svg, pdf)")
+
+
+def _beside(text: str) -> tuple[str, ...]:
+    """An argparse type: the sides beside the two, by the names that the comparison has for them."""
+    names = [] if text == "none" else text.split(",")
+    unknown = {*names} - {*BESIDE}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(BESIDE)}, or none")
+    return tuple(BESIDE[name] for name in names)
 
 
 def _add_doctor(subparsers: Any) -> None:
@@ -121,6 +132,7 @@ def _add_run(subparsers: Any) -> None:
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
     add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
     add("--cuda-graph", action="store_true", help="decode steps of generate as one CUDA graph (docs/cuda-graph.md)")
+    add("--deferred-state", action="store_true", help="states written every N-th step (docs/deferred-state.md)")
     add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
     add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
     add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")

@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import PatchError
 from ..layer import install
 from .arguments import Exit
+from .run_checks import refusal
 from .run_report import Report
 
 
@@ -35,12 +36,18 @@ def run(args: argparse.Namespace) -> int:
     """Runs the program to its end. What it raises comes through, without this package's frames in the traceback."""
     if not args.program:
         args.parser.error("expected a SCRIPT, or -m and a MODULE")
-    if args.backend == "triton" and importlib.util.find_spec("triton") is None:
-        args.parser.error("--backend triton: triton is not installed")
+    why_not = refusal(args.backend, strict=args.strict)
+    if why_not is not None:
+        args.parser.exit(Exit.BAD_INPUT, f"{args.parser.prog}: {why_not}\n")
     name, *arguments = args.program
     report = Report()
     refused = patch_imports(
-        args.backend, strict=args.strict, keep=args.report, report=report, cuda_graph=args.cuda_graph
+        args.backend,
+        strict=args.strict,
+        keep=args.report,
+        report=report,
+        cuda_graph=args.cuda_graph,
+        deferred_state=args.deferred_state,
     )
     if args.report:
         report.at_exit()
@@ -58,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     return Exit.BAD_INPUT if refused else Exit.RIGHT  # a thread that was refused ended in silence
 
 
-def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool) -> list[PatchError]:
+def patch_imports(
+    backend: str, *, strict: bool, keep: bool, report: Report, cuda_graph: bool = False, deferred_state: bool = False
+) -> list[PatchError]:
     """Has every supported family patched as soon as the program has imported it, and not earlier.
 
     Where one cannot be, says so in one line and ends the program. Returns a list to which such refusals are added.
@@ -75,7 +84,14 @@ def patch_imports(backend: str, *, strict: bool, keep: bool, report: Report, cud
         from ..layer.everything import patch_imported  # imports torch, which now is there
 
         try:
-            patch_imported(module.__name__, backend=backend, strict=strict, keep=keep, cuda_graph=cuda_graph)
+            patch_imported(
+                module.__name__,
+                backend=backend,
+                strict=strict,
+                keep=keep,
+                cuda_graph=cuda_graph,
+                deferred_state=deferred_state,
+            )
         except PatchError as error:
             if str(error) not in map(str, refused):
                 print(f"qwen-fastdecode run: {' '.join(str(error).split())}", file=sys.stderr)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from multiprocessing import util
 
 from ..report import Status
+from .run_children import Children
 
 NOTHING = "This process imported no model of a supported family."
 FORKED = "Processes that it forked, {}, report for themselves where they decoded anything."
@@ -26,10 +27,12 @@ class Report:
         self.refused: list[str] = []
         self._forks = 0
         self._before: Status | None = None  # what a forked process had inherited
+        self._children = Children()
 
     def at_exit(self) -> None:
         """From now on, in this process and in those that it forks."""
         atexit.register(self._print)
+        self._children.listen()
         os.register_at_fork(after_in_parent=self._count, after_in_child=self._forget)
         util.register_after_fork(self, Report._end_with_multiprocessing)  # whose processes end without atexit
 
@@ -56,6 +59,8 @@ class Report:
             notes.append(FORKED.format(self._forks))
         if any(f"multiprocessing.{name}" in sys.modules for name in SPAWNERS):
             notes.append(SPAWNED)
+        if started := self._children.note():
+            notes.append(started)
         return str(replace(status, notes=tuple(dict.fromkeys(notes))))
 
     def _of_fork(self, before: Status) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,6 @@ BATCHES = (1, 8, 32, 64, 256)
 COLD = 4  # times the L2 cache: what the layers' states take together at least, so that none is found there
 MEMORY_SHARE = 0.6  # of the free memory, at most
 MAX_LAYERS = 64
-REPEATS = 15
 CLOSE_ENOUGH = 1e-2  # from the PyTorch backend, relative RMS: a wrong tile is far off, a rounding is not
 UNLIMITED = 10**12
 
@@ -155,23 +153,14 @@ def _time(layers: list[tuple[Tensor, ...]], tile: Tile, device: torch.device) ->
 
 
 def _median_us(run: Callable[[], object], device: torch.device) -> float:
-    run()
-    if device.type != "cuda":
+    if device.type != "cuda":  # in Triton's interpreter
         start = time.perf_counter()
         run()
         return 1e6 * (time.perf_counter() - start)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times[2:])
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.device(device):
+        return 1e3 * do_bench_cudagraph(run, return_mode="median")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ def describe(model: nn.Module | None = None) -> GraphStatus | None:
     reasons: Counter[str] = Counter()
     details: dict[str, str] = {}
     totals: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     worst = 0.0
     for own in found:
         own.settle()
@@ -49,7 +50,10 @@ def describe(model: nn.Module | None = None) -> GraphStatus | None:
         worst = max(worst, own.worst)
         for name in ("captures", "compared", "replays", "tokens", "grouped_calls"):
             totals[name] += getattr(own, name)
-    return GraphStatus(worst=worst, reasons=dict(reasons), details=details, **totals)
+        if own.norms is not None:
+            totals.update(norms=own.norms.in_one, norms_in_three=own.norms.in_three)
+            left.update(own.norms.reasons)
+    return GraphStatus(worst=worst, norms_left=dict(left), reasons=dict(reasons), details=details, **totals)
 
 
 def reset_counters(model: nn.Module | None = None) -> None:

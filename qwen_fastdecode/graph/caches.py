@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from ..upstream.unsettled import debt_of, owed_tensors, own_class
+
 # Releases before the oldest that is captured (`eligible.OLDEST`) do not have all of them, and nothing is of class None.
 _Dynamic: Any = getattr(cache_utils, "DynamicLayer", None)
 _Static: Any = getattr(cache_utils, "StaticLayer", None)
@@ -46,7 +48,7 @@ def reviewed(cache: Any) -> bool:
 def _reviewed(layer: Any) -> bool:
     if type(layer) is _Dynamic:
         return layer.is_initialized and layer.keys.shape[:-1] == layer.values.shape[:-1]
-    if type(layer) is not _Linear or getattr(layer, "record_past", False):
+    if own_class(layer) is not _Linear or getattr(layer, "record_past", False):
         return False
     return all(state is not None for state in _states(layer))
 
@@ -127,8 +129,18 @@ class GrowingCache:
         return [*map(Tensor.data_ptr, self._tensors())]
 
     def states(self) -> list[Tensor]:
-        """The states that a step overwrites: conv and recurrent, of each linear attention layer."""
-        return [state for layer in self.static.layers if type(layer) is not _Static for state in _states(layer)]
+        """What a step overwrites: the states of each linear attention layer, and what it owes to them."""
+        return [state for layer in self._linear() for state in (*_states(layer), *owed_tensors(layer))]
+
+    def hold_debts(self) -> None:
+        """A graph has recorded the step: its replays leave undone what the step does, and tell nobody."""
+        for debt in filter(None, map(debt_of, self._linear())):
+            debt.hold()
+
+    def release_debts(self) -> None:
+        """That graph is gone."""
+        for debt in filter(None, map(debt_of, self._linear())):
+            debt.release()
 
     def python_values(self) -> list[Any]:
         """The numbers and flags that layers keep outside of tensors."""
@@ -140,17 +152,18 @@ class GrowingCache:
     def _attention(self) -> Iterator[Any]:
         return (layer for layer in self.static.layers if type(layer) is _Static)
 
+    def _linear(self) -> Iterator[Any]:
+        return (layer for layer in self.static.layers if type(layer) is not _Static)
+
     def _tensors(self) -> Iterator[Tensor]:
-        for layer in self.static.layers:
-            if type(layer) is _Static:
-                yield from (layer.keys, layer.values, layer.cumulative_length)
-            else:
-                yield from _states(layer)
+        for layer in self._attention():
+            yield from (layer.keys, layer.values, layer.cumulative_length)
+        yield from self.states()
 
 
 def _states(layer: Any) -> list[Tensor]:
-    """The conv and the recurrent state (from 5.14 on in dictionaries: several a layer)."""
-    held = layer.conv_states, layer.recurrent_states
+    """The conv and the recurrent state as they are (from 5.14 on in dictionaries: several a layer)."""
+    held = vars(layer)["conv_states"], vars(layer)["recurrent_states"]
     return [state for states in held for state in (states.values() if isinstance(states, dict) else [states])]
 
 

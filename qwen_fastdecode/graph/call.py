@@ -26,6 +26,7 @@ from . import eligible
 from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
 from .capture import Graph, tensors_in, wait
 from .fingerprint import Fingerprint, PythonState, switches
+from .norms import Norms
 from .reasons import Eager
 from .state import GIVE_UP_AFTER, State
 from .tally import Tally
@@ -158,10 +159,11 @@ class Call:
         growing = self._growing
         assert growing is not None
         self._captures += 1
+        norms = Norms(self._model, self._batch)
         python, values = PythonState(self._model), growing.python_values()
         tally = Tally(self._model)
         try:
-            graph = Graph(self._state.pool(self._model.device), self._model, inputs)
+            graph = Graph(self._state.pool(self._model.device), norms.stood_in_for(self._model), inputs)
         except Exception as error:  # whatever a forward may raise: the eager step raises it again if it is not ours
             python.put_back()
             tally.recorded()
@@ -169,11 +171,13 @@ class Call:
             return self._leave(self._model(**inputs), Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
         self._state.failures = 0
         self._graph, self._tally = graph, tally
+        growing.hold_debts()
         tally.recorded()
         changed = python.put_back()
         if changed is not None or values != growing.python_values():
             return self._leave(self._model(**inputs), Eager.SIDE_EFFECT, changed or "the cache")
         self._state.add(captures=1)
+        self._state.norms = norms
         self._fingerprint = Fingerprint(self._model), growing.addresses(), switches()
         outputs, distance = self._compared(graph, inputs)
         if not distance <= DISTANCE.get(self._model.dtype, 0.0):
@@ -265,6 +269,8 @@ class Call:
 
     def _drop(self) -> None:
         """The graph goes; a next one is preceded by an eager step."""
+        if self._growing is not None:
+            self._growing.release_debts()
         if self._graph is not None:
             self._graph.close()
         if self._tally is not None:
@@ -296,9 +302,8 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative distance of a tensor from the one that was expected; NaN is infinitely far."""
     norms = []
     for a, b in zip(found, expected, strict=True):
-        if b.is_floating_point():
-            exact = torch.float64 if b.dtype == torch.float64 else torch.float32
-            norms += [(a.to(exact) - b.to(exact)).norm().double(), b.to(exact).norm().double()]
+        exact = torch.float64 if b.dtype == torch.float64 else torch.float32
+        norms += [(a.to(exact) - b.to(exact)).norm().double(), b.to(exact).norm().double()]
     values = torch.stack(norms).tolist()
     pairs = zip(values[::2], values[1::2], strict=True)
     own = [0.0 if apart == 0 else apart / max(size, 1e-30) for apart, size in pairs]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..layer.plan import plan_of
 from ..names import PLAN
+from .norms import StandIn
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _PLAIN = (bool, int, float, str)
@@ -81,6 +82,8 @@ class PythonState:
             for name in {*own, *before}:
                 if own.get(name) is before.get(name):
                     continue
+                if name == "forward" and StandIn in (type(own.get(name)), type(before.get(name))):
+                    continue  # another thread records this model
                 changed = f"{type(module).__qualname__}.{name}"
                 if name in before and isinstance(before[name], _PLAIN):
                     own[name] = before[name]

@@ -8,7 +8,7 @@ from enum import Enum
 class Eager(str, Enum):
     """A call, or the rest of one, that was not captured, by its cause."""
 
-    OLD_TRANSFORMERS = "Transformers before 5.13, whose static caches were not reviewed"
+    OLD_TRANSFORMERS = "Transformers before 5.13, whose generate has no static cache of these layers"
     SWITCHED_OFF = "switched off by QWEN_FASTDECODE=0"
     NOT_ON_GPU = "the model is not on a CUDA device"
     SEVERAL_DEVICES = "weights lie on several devices"

@@ -16,6 +16,7 @@ from ..names import EXCLUDED, PLAN
 from ..upstream.seams import upstream_of
 from . import eligible
 from .capture import Pool
+from .norms import Norms
 from .reasons import Eager
 
 STATE = "_qwen_fastdecode_graph"  # the attribute of a model that has one
@@ -99,6 +100,7 @@ class State:
         """What has been done so far is not counted any more."""
         self.captures = self.compared = self.replays = self.tokens = self.grouped_calls = 0
         self.worst = 0.0  # relative distance of a first replay from the eager step
+        self.norms: Norms | None = None  # of the last capture
         self.reasons: Counter[Eager] = Counter()
         self.details: dict[Eager, str] = {}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..errors import NothingToPatch, PatchError
 from ..names import BACKENDS, HEAD_PARALLEL
 from ..ops.backends import select_backend
+from ..steps.deferred import DeferredStep
 from ..steps.split import SplitStep, settle_on_ranks
+from ..upstream.caches import ARE_WATCHED
 from ..upstream.families import FAMILIES
 from ..upstream.seams import upstream_classes
 from ..upstream.sharding import Ranks, ranks_of
@@ -24,7 +27,7 @@ _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError for what no layer can have. (What cannot run raises later.)"""
+    """Raises ValueError for what no layer can have, PatchError for what this Transformers cannot."""
     for name, choices in {"backend": BACKENDS, "head_parallel": HEAD_PARALLEL}.items():
         value = getattr(settings, name)
         if value not in choices:
@@ -33,6 +36,11 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(
             f"state_dtype: got {settings.state_dtype!r}, expected torch.bfloat16, torch.float32 or None (as upstream "
             "has it)"
+        )
+    if settings.deferred_state and not ARE_WATCHED:
+        raise PatchError(
+            f"deferred_state=True: got Transformers {transformers.__version__}, expected 5.5 or later: its caches are "
+            "lists of tensors, and who reads one cannot be noticed"
         )
 
 
@@ -106,11 +114,14 @@ def touched_layers(model: nn.Module | None) -> list[tuple[nn.Module, type]]:
 
 
 def settle_caches(layers: list[nn.Module]) -> None:
-    """Before plans that split heads are taken away."""
+    """Before plans are taken away whose steps leave something undone."""
     plans = [plan for plan in map(plan_of, layers) if plan is not None]
     groups = dict.fromkeys(plan.strategy.ranks for plan in plans if isinstance(plan.strategy, SplitStep))
     for ranks in groups:
         settle_on_ranks(ranks, layers)
+    for plan in plans:
+        if isinstance(plan.strategy, DeferredStep):
+            plan.strategy.settle_all()
 
 
 def cover(layers: list[FoundLayer], holder: Any) -> None:

@@ -20,7 +20,7 @@ from ..steps.full import settle_outside_graphs
 from ..upstream.caches import cache_layer, convert_recurrent_state
 from ..upstream.calls import Call, call_reader
 from ..upstream.families import Parts
-from ..upstream.unsettled import Unsettled
+from ..upstream.unsettled import Unsettled, settle
 from .eligibility import decode_step
 from .plan import Plan
 
@@ -69,8 +69,8 @@ def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> Tensor
         return found
     parts, states = found
     states = _convert(plan, layer, call, states)
-    step = plan.strategy.for_batch(hidden_states.shape[0])
     its_cache = cache_layer(call.cache, layer.layer_idx)
+    step = plan.strategy.choose(states, its_cache)
     if torch.compiler.is_compiling():  # counters would be guarded, and recompile the graph every step
         if _refused_in_graphs(plan, parts, states):
             return Reason.UNSUPPORTED_STEP
@@ -80,7 +80,7 @@ def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> Tensor
     except UnsupportedStep as error:
         plan.unsupported = str(error)
         return Reason.UNSUPPORTED_STEP
-    plan.count_fast_step(split=step.splits_heads)
+    plan.count_fast_step(split=step.splits_heads, deferred=step.defers)
     return out
 
 
@@ -121,6 +121,7 @@ def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:
     dtype = plan.settings.state_dtype
     if dtype is None or dtype == states.recurrent.dtype or torch.compiler.is_compiling():
         return states
+    settle(cache_layer(call.cache, layer.layer_idx))
     return states._replace(recurrent=convert_recurrent_state(call.cache, layer.layer_idx, dtype))
 
 

@@ -88,15 +88,17 @@ def patch_everything(everything: Everything, *, lasting: bool) -> PatchReport:
     return PatchReport(tuple(describe(layer, everything=True) for layer in layers), tuple(notes))
 
 
-def patch_imported(module: str, *, backend: str, strict: bool, keep: bool, cuda_graph: bool = False) -> None:
+def patch_imported(
+    module: str, *, backend: str, strict: bool, keep: bool, cuda_graph: bool = False, deferred_state: bool = False
+) -> None:
     """As `patch()`, for the classes of one module that was just imported: `qwen-fastdecode run` calls it.
 
     With `keep`, `status()` goes on listing layers that are no longer there (one plan a layer is kept for it).
     """
     with lock:
-        everything = Everything(
-            Settings(backend, cuda_graph=cuda_graph), strict, kept_plans() or ([] if keep else None)
-        )
+        settings = Settings(backend, cuda_graph=cuda_graph, deferred_state=deferred_state)
+        check_settings(settings)
+        everything = Everything(settings, strict, kept_plans() or ([] if keep else None))
         _check_default_device(everything)
         for upstream in upstream_classes(import_missing=False):
             if upstream.layer_class.__module__ == module:

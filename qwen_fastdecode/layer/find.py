@@ -106,7 +106,7 @@ def describe_gone(plan: Plan) -> LayerStatus:
 
 def _counted(plan: Plan, name: str, backend: str, reason: str = "") -> LayerStatus:
     fallbacks = {str(reason): count for reason, count in plan.fallbacks.items()}
-    notes = "; ".join(filter(None, (plan.strategy.note, reason, plan.unsupported)))
+    notes = "; ".join(filter(None, (plan.strategy.note_on(backend), reason, plan.unsupported)))
     return LayerStatus(
         name,
         plan.family.name,
@@ -115,5 +115,7 @@ def _counted(plan: Plan, name: str, backend: str, reason: str = "") -> LayerStat
         reason=notes,
         fast_steps=plan.fast_steps,
         split_steps=plan.split_steps,
+        deferred_steps=plan.deferred_steps,
+        ring_bytes=plan.ring_bytes,
         fallbacks=fallbacks,
     )

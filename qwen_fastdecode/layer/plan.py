@@ -14,6 +14,7 @@ from ..names import PLAN
 from ..ops.backends import Backends
 from ..ops.step import Recipe
 from ..reasons import Reason
+from ..steps.deferred import DeferredStep
 from ..steps.full import FullStep
 from ..steps.split import SplitStep, split_heads
 from ..upstream.families import FAMILIES, Family, HeadSizes, read_norm
@@ -41,6 +42,7 @@ class Settings(NamedTuple):
     state_dtype: torch.dtype | None = None
     head_parallel: str = "auto"
     cuda_graph: bool = False
+    deferred_state: bool = False
 
 
 DEFAULT = Settings()
@@ -61,7 +63,7 @@ class Plan:
         self.family: Family = FAMILIES[upstream.family]
         self.sizes = sizes
         self.settings = settings
-        self.strategy: FullStep | SplitStep = strategy
+        self.strategy: FullStep | SplitStep | DeferredStep = strategy
         self.facts = self.family.facts(layer)
         self.known: Known | None = None  # the layer as the last call found it, when it was all right
         self.replaced = stood_in_for(upstream)
@@ -69,6 +71,7 @@ class Plan:
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
         self.fast_steps = 0
         self.split_steps = 0  # of those, on this rank's heads alone
+        self.deferred_steps = 0  # of those, with the states written every N-th time
         self.fallbacks: Counter[Reason] = Counter()
         self.unsupported = ""  # what the backend said of the last step that it did not take
 
@@ -77,16 +80,22 @@ class Plan:
         """The name of the backend on the device that it met last; before its first step, the one that was asked for."""
         return self.strategy.backends.last
 
+    @property
+    def ring_bytes(self) -> int:
+        """Memory beside the states of living caches: 0 but where they are deferred."""
+        return self.strategy.ring_bytes if isinstance(self.strategy, DeferredStep) else 0
+
     def holds_for(self, layer: Any) -> bool:
         """Whether the layer, and upstream's functions, are still what the plan was made from."""
         if self.family.facts(layer) != self.facts:
             return False
         return all(getattr(owner, name, None) is function for owner, name, function in self.replaced)
 
-    def count_fast_step(self, *, split: bool) -> None:
+    def count_fast_step(self, *, split: bool, deferred: bool) -> None:
         with _counting:
             self.fast_steps += 1
             self.split_steps += split
+            self.deferred_steps += deferred
 
     def count_fallback(self, reason: Reason) -> None:
         with _counting:
@@ -94,7 +103,7 @@ class Plan:
 
     def reset_counters(self) -> None:
         with _counting:
-            self.fast_steps = self.split_steps = 0
+            self.fast_steps = self.split_steps = self.deferred_steps = 0
             self.fallbacks.clear()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -121,7 +130,11 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
         return problem
     recipe = Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, family.beta_scale(layer))
     full = FullStep(family, sizes, recipe, Backends(settings.backend))
-    strategy = full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    strategy: Any = full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    if settings.deferred_state:
+        if strategy.splits_heads:
+            return "deferred_state=True is not for heads split over ranks: pass head_parallel='off'"
+        strategy = DeferredStep(full, sizes.num_k_heads)
     return Plan(layer, name, upstream, sizes, settings, strategy)
 
 

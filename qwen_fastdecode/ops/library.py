@@ -1,4 +1,5 @@
-"""The decode step as a registered PyTorch operator, for torch.compile: one node of the graph, mutations declared.
+"""Registered PyTorch operators: the decode step, for torch.compile (one node of the graph, mutations declared), and the
+norm that stands in for upstream's while a step is recorded.
 
 Eager code calls a backend directly; passing through the dispatcher costs several times a launch.
 """
@@ -49,3 +50,19 @@ def decode_registered(step: Step, recipe: Recipe, backend: str) -> Tensor:
     """The step through the operator qwen_fastdecode::gated_delta_decode, which checks it when it runs."""
     options = recipe.eps, recipe.gate, recipe.beta_scale, backend, step.cu_seqlens, *recipe.heads
     return torch.ops.qwen_fastdecode.gated_delta_decode(*step.tokens, *step.states, *step.weights, *options)
+
+
+_LIBRARY.define("zero_centred_rms_norm(Tensor x, Tensor weight, float eps, bool in_one) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "zero_centred_rms_norm", "CompositeExplicitAutograd")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, in_one: bool) -> Tensor:
+    from .triton.rms_norm import rms_norm
+
+    return rms_norm(x, weight, eps, in_one)
+
+
+def rms_norm_registered(x: Tensor, weight: Tensor, eps: float, in_one: bool) -> Tensor:
+    """`triton.rms_norm.rms_norm` through the operator qwen_fastdecode::zero_centred_rms_norm: whoever records operators
+    sees one, not what is launched in it."""
+    return torch.ops.qwen_fastdecode.zero_centred_rms_norm(x, weight, eps, in_one)

@@ -18,6 +18,7 @@ depends on the head (`pending`): an N-th of them folds at each step, so that no 
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -45,31 +46,48 @@ class Ring(NamedTuple):
         return sum(x.nbytes for x in self)
 
 
+# Of each part: shape, dtype, whether it is contiguous, device.
+Kind = tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
+
+
 def new_ring(recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torch.float32) -> Ring:
-    """An empty ring for states [B, HV, DK, DV] of HK key heads."""
+    """An empty ring for states [B, HV, DK, DV] of HK key heads. Zeros, so that copies of two rings can be compared."""
     B, HV, DK, DV = recurrent_state.shape
     if N < 1:
         raise ValueError(f"N: got {N}, expected at least 1")
-    make = recurrent_state.new_empty
+    make = recurrent_state.new_zeros
     k, d, w = make(B, HK, N, DK, dtype=dtype), make(B, HV, N, DV, dtype=dtype), make(B, HV, N + 1, dtype=dtype)
     return Ring(k, d, w, recurrent_state.new_zeros(B, HK, dtype=torch.int32))
 
 
 def check_ring(ring: Ring, recurrent_state: Tensor) -> None:
     """Raises ValueError that names the part of the ring that does not belong to these states."""
+    check_kind(kind_of(ring), recurrent_state)
+
+
+def kind_of(ring: Ring) -> Kind:
+    """All of a ring that the check looks at, and that a kernel is compiled for: hashable, and quick to find."""
+    return (
+        tuple(map(_shape, ring)),
+        tuple(map(_dtype, ring)),
+        tuple(map(Tensor.is_contiguous, ring)),
+        tuple(map(Tensor.get_device, ring)),
+    )
+
+
+def check_kind(kind: Kind, recurrent_state: Tensor) -> None:
+    """As `check_ring`, of every ring of a kind."""
     B, HV, DK, DV = recurrent_state.shape
-    HK, N = ring.k.shape[1], ring.N
-    shapes = {"k": (B, HK, N, DK), "d": (B, HV, N, DV), "w": (B, HV, N + 1), "cursor": (B, HK)}
-    for name, shape in shapes.items():
-        x = getattr(ring, name)
-        if x.shape != shape:
-            raise ValueError(f"ring.{name}: got shape {tuple(x.shape)}, expected {shape}")
-        if not x.is_contiguous():
-            raise ValueError(f"ring.{name}: got strides {x.stride()}, expected a contiguous tensor")
-        if x.device != recurrent_state.device:
-            raise ValueError(
-                f"ring.{name}: got device {x.device}, expected {recurrent_state.device}, that of the states"
-            )
+    _, HK, N, _ = kind[0][0]
+    shapes = (B, HK, N, DK), (B, HV, N, DV), (B, HV, N + 1), (B, HK)
+    for name, shape, _, contiguous, device, expected in zip(Ring._fields, *kind, shapes, strict=True):
+        if shape != expected:
+            raise ValueError(f"ring.{name}: got shape {tuple(shape)}, expected {expected}")
+        if not contiguous:
+            raise ValueError(f"ring.{name}: got gaps between its elements, expected a contiguous tensor")
+        if device != recurrent_state.get_device():
+            raise ValueError(f"ring.{name}: expected device {recurrent_state.device}, where the states are")
 
 
 def pending(ring: Ring) -> tuple[Tensor, Tensor]:
@@ -88,14 +106,13 @@ def advance(ring: Ring) -> None:
     t.copy_(torch.where(t == 2 * ring.N - 1, ring.N, t + 1))
 
 
-def check_deferred(step: Step, recipe: Recipe, ring: Ring) -> StepShapes:
-    """Raises UnsupportedStep for a step that cannot wait in a ring, ValueError for a ring of other states."""
+def check_deferred(step: Step, recipe: Recipe) -> StepShapes:
+    """Raises UnsupportedStep for a step that cannot wait in a ring."""
     s = check_step(step, recipe)
     if step.cu_seqlens is not None or s.N != s.B:
         raise UnsupportedStep(f"q: got {s.N} tokens for {s.B} sequences, expected one each where states are deferred")
     if recipe.heads != (0, s.HV):
         raise UnsupportedStep(f"heads: got {recipe.heads}, expected all {s.HV} where states are deferred")
-    check_ring(ring, step.states.recurrent)
     return s
 
 
@@ -131,12 +148,14 @@ def counted(ring: Ring, count: Tensor) -> Tensor:
     return torch.arange(ring.N, device=count.device) < count[..., None]
 
 
+@torch.inference_mode()
 def decode_deferred_torch(step: Step, recipe: Recipe, ring: Ring) -> Tensor:
     """The step as `triton.deferred` does it, in PyTorch and in the ring's dtype: for tests, and where there is no GPU.
 
     With a ring and states of float64 it is the reference of the ring. Returns [N, HV * DV] in the ring's dtype.
     """
-    s = check_deferred(step, recipe, ring)
+    check_ring(ring, step.states.recurrent)
+    s = check_deferred(step, recipe)
     (conv, recurrent), weights, dtype = step.states, step.weights, ring.k.dtype
     count, folds = pending(ring)
     fold(recurrent, ring, torch.where(folds, count, 0))

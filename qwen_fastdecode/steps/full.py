@@ -20,7 +20,7 @@ class FullStep:
     note: why, where another way was asked for.
     """
 
-    splits_heads = False
+    splits_heads = defers = False
 
     def __init__(self, family: Family, sizes: HeadSizes, recipe: Recipe, backends: Backends, note: str = ""):
         self.read = reader(family, sizes)
@@ -28,9 +28,13 @@ class FullStep:
         self.backends = backends
         self.note = note
 
-    def for_batch(self, batch: int) -> FullStep:
-        """The strategy for so many sequences."""
+    def choose(self, states: States, cache_layer: Any) -> FullStep:
+        """The strategy for a step on these states, kept in `cache_layer`."""
         return self
+
+    def note_on(self, backend: str) -> str:
+        """What a report says of the layer."""
+        return self.note
 
     def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
         """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; updates the states in place.

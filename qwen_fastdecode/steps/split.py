@@ -39,7 +39,7 @@ _serials = itertools.count()
 class SplitStep:
     """One layer's heads over the ranks: this rank's are value heads `recipe.heads`, of whole key heads."""
 
-    splits_heads = True
+    splits_heads, defers = True, False
 
     def __init__(self, layer: nn.Module, full: FullStep, family: Family, sizes: HeadSizes, ranks: Ranks, mode: str):
         self.layer = weakref.ref(layer)
@@ -55,16 +55,17 @@ class SplitStep:
         self.calls = {name: projection_call(getattr(layer, name)) for name in family.rows_are_heads}
         self.ungathered = frozenset(name for name, call in self.calls.items() if call.gathers_only())
 
-    @property
-    def note(self) -> str:
+    def note_on(self, backend: str) -> str:
+        """What a report says of the layer."""
         (first, count), P = self.recipe.heads, self.ranks.size
         where = f"heads {first} to {first + count - 1} of {self.sizes.num_v_heads}, rank {self.ranks.rank} of {P}"
         return where if self.mode == "auto" else f"{where} ({self.mode})"
 
-    def for_batch(self, batch: int) -> SplitStep | FullStep:
+    def choose(self, states: States, cache_layer: Any) -> SplitStep | FullStep:
         """Whether so many sequences are split. Every rank must answer alike: from shapes alone."""
         if torch.compiler.is_compiling():
             return self.full
+        batch = states.recurrent.shape[0]
         pays = self.mode == "on" or bool(self.ungathered) or batch * self.sizes.num_v_heads >= CROSSOVER
         return self if pays else self.full
 
@@ -139,6 +140,7 @@ class SplitDebt:
     def __init__(self, split: SplitStep, serial: tuple[int, ...]):
         self.split = split
         self.serial = serial
+        self.lasts = False
         self._copies = itertools.count()
 
     def settle(self, states: States, *, by_reader: bool) -> None:
@@ -151,6 +153,18 @@ class SplitDebt:
                     "read, copy and reorder the same ones in the same order"
                 )
         self.split.complete(states)
+
+    def hold(self) -> None:
+        self.lasts = True
+
+    def release(self) -> None:
+        self.lasts = False
+
+    def drop(self) -> None:
+        """There is nothing to give up."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return ()
 
     def of_copy(self) -> SplitDebt:
         """A copy is made without the others, and is as stale."""

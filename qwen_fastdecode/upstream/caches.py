@@ -16,6 +16,7 @@ from ..reasons import Reason
 
 _Cache: Any = cache_utils.Cache
 _Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
+ARE_WATCHED = _Layer is not None  # whether a layer's states are attributes, so that who reads them can be noticed
 # Up to 5.4 each family has a cache of its own, with one list of conv states and one of recurrent states.
 _OF_LISTS = ("Qwen3NextDynamicCache", "Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")
 SETTLES = "_qwen_fastdecode_settles"  # marks a class in which reading the states settles them first (`unsettled`)

@@ -1,10 +1,13 @@
 """Cache layers whose tensors are not the whole truth now, and how everybody who reads them sees the truth all the same.
 
-A step may leave work undone on a cache layer: heads that other ranks have, say. It leaves a `Debt` there (`owe`), and
-`settle` has the debt make the tensors true. While a layer owes, its class is a subclass of its own in which reading
-`conv_states` or `recurrent_states`, pickling and resetting settle first; a settled layer is of its own class again, and
-costs nothing. So upstream, a user's code, a copy and `torch.save` see settled states without knowing of this.
-What somebody took out of the layer and kept is his snapshot.
+A step may leave work undone on a cache layer: heads that other ranks have, or updates that wait. It leaves a `Debt`
+there (`owe`), and `settle` has the debt make the tensors true. While a layer owes, its class is a subclass of its own
+in which reading `conv_states` or `recurrent_states`, pickling and resetting settle first; a settled layer is of its own
+class again, and costs nothing. So upstream, a user's code, a copy and `torch.save` see settled states without knowing
+of this. What somebody took out of the layer and kept is his snapshot.
+
+Where a CUDA graph holds the step, its replays add to the debt without a word to Python: a debt that `lasts` stays, and
+is settled at every read.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from ..ops.step import States
 from .caches import SETTLES, stored_states
@@ -24,10 +30,27 @@ _owing: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  #
 
 
 class Debt(Protocol):
-    """What has to be done before a layer's tensors are true."""
+    """What has to be done before a layer's tensors are true.
+
+    lasts: the layer goes on owing once it is settled.
+    """
+
+    lasts: bool
+
+    def hold(self) -> None:
+        """A CUDA graph has recorded the step, and every replay adds to the debt: it lasts."""
+
+    def release(self) -> None:
+        """That graph is gone."""
 
     def settle(self, states: States, *, by_reader: bool) -> None:
         """Makes the states true, in place. `by_reader`: somebody reads them who may be alone, outside a step."""
+
+    def drop(self) -> None:
+        """Nothing of what the layer's tensors were is read again."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What a step reads and writes beside the states."""
 
     def of_copy(self) -> Debt | None:
         """The debt of a copy of a layer that owes; None where a copy is to be made of a settled layer."""
@@ -44,7 +67,12 @@ class Unsettled:
         if debt is not None:
             debt.check_pickle()
             settle(self, by_reader=True)
-        return self.__reduce_ex__(protocol)  # of the class that it was and is again
+        with _of_its_own_class(self):
+            if debt is None or not debt.lasts:
+                return self.__reduce_ex__(protocol)
+            # The debt comes back to the layer, and is none of the copy's: the attributes as they are now, and the form
+            # of protocol 0, as from 2 on pickle compares the layer's class with that of the form.
+            return tuple(dict(part) if part is vars(self) else part for part in self.__reduce_ex__(0))
 
     def __copy__(self) -> Any:
         return _copy(self, copy.copy)
@@ -53,8 +81,11 @@ class Unsettled:
         return _copy(self, lambda x: copy.deepcopy(x, memo))
 
     def reset(self, *args: Any, **kwargs: Any) -> Any:
-        _forget(self)  # nothing of what was is read again
-        return self.reset(*args, **kwargs)
+        debt = debt_of(self)
+        if debt is not None:
+            debt.drop()
+        with _of_its_own_class(self):
+            return self.reset(*args, **kwargs)
 
     def reorder_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Picks whole sequences: what was true of a state's part stays so, where a copy of the debt may be kept."""
@@ -62,12 +93,8 @@ class Unsettled:
         kept = None if debt is None else debt.of_copy()
         if kept is None:
             settle(self, by_reader=True)
-        _forget(self)
-        try:
+        with _of_its_own_class(self, owing=kept is not None):
             return self.reorder_cache(*args, **kwargs)
-        finally:  # also where it raised: the tensors are as stale as they were
-            if kept is not None and debt is not None:
-                owe(self, debt)
 
 
 def owe(layer: Any, debt: Debt) -> None:
@@ -90,9 +117,24 @@ def settle(layer: Any, *, by_reader: bool = False) -> None:
         return
     debt = debt_of(layer)
     states = stored_states(layer)
-    if debt is not None and states is not None:  # None: nothing that is read
+    if debt is not None and states is None:
+        debt.drop()
+    elif debt is not None and states is not None:
         debt.settle(states, by_reader=by_reader)
-    _forget(layer)
+    if debt is None or not debt.lasts:
+        _forget(layer)
+
+
+def owed_tensors(layer: Any) -> list[Tensor]:
+    """What the layer's debt holds beside the states."""
+    debt = debt_of(layer)
+    return [] if debt is None else [*debt.tensors()]
+
+
+def own_class(layer: Any) -> type:
+    """The class of a cache layer, whether or not it owes."""
+    kind: type = type(layer)
+    return kind.__mro__[1] if isinstance(layer, Unsettled) else kind  # after the subclass, its own class
 
 
 def settled_by(layer: Any) -> None:
@@ -112,7 +154,19 @@ def _forget(layer: Any) -> None:
     vars(layer).pop(_DEBT, None)
     _owing.pop(id(layer), None)
     if isinstance(layer, Unsettled):
-        layer.__class__ = type(layer).__mro__[1]  # after the subclass, its own class
+        layer.__class__ = own_class(layer)
+
+
+@contextmanager
+def _of_its_own_class(layer: Any, *, owing: bool = False) -> Iterator[None]:
+    """For the length of a block. Afterwards, also where it raised, the layer owes again what lasts, or as it did."""
+    debt = debt_of(layer)
+    _forget(layer)
+    try:
+        yield
+    finally:
+        if debt is not None and (owing or debt.lasts):
+            owe(layer, debt)
 
 
 @cache
@@ -145,8 +199,9 @@ def _copy(layer: Any, how: Any) -> Any:
     kept = None if debt is None else debt.of_copy()
     if kept is None:
         settle(layer, by_reader=True)
-        return how(layer)
-    own: Any = type(layer).__mro__[1]
+        with _of_its_own_class(layer):
+            return how(layer)
+    own: Any = own_class(layer)
     copied = own.__new__(own)
     vars(copied).update((name, how(value)) for name, value in vars(layer).items() if name != _DEBT)
     owe(copied, kept)

@@ -128,6 +128,7 @@ def test_prompts_come_from_the_command_line_and_from_a_file(tmp_path: Path, caps
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--backend", "fla"], "argument --backend: invalid choice: 'fla'"),
         (["--state-dtype", "float16"], "argument --state-dtype: invalid choice: 'float16'"),
+        (["--beside", "fla"], "argument --beside: fla: expected some of cuda-graph, compiled, or none"),
         (["--batch", "0"], "argument --batch: 0 is less than 1"),
         (["--new-tokens", "1"], "argument --new-tokens: 1 is less than 2"),
         (["--repeat", "many"], "argument --repeat: invalid number value: 'many'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from models import judge_upstream
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,8 +23,9 @@ from qwen_fastdecode.cli.compare.generation import encode, forced_logits, genera
 from qwen_fastdecode.cli.compare.layerwise import LayerwiseCheck
 from qwen_fastdecode.cli.compare.memory import decode_step_bytes
 from qwen_fastdecode.cli.compare.plot import draw
-from qwen_fastdecode.cli.compare.result import SideFailed
-from qwen_fastdecode.cli.compare.run import Settings, Sides, compare, total_runs
+from qwen_fastdecode.cli.compare.result import PATCHED, UPSTREAM, SideFailed
+from qwen_fastdecode.cli.compare.run import compare, total_runs
+from qwen_fastdecode.cli.compare.sides import Settings, Sides
 from qwen_fastdecode.ops import backends
 from qwen_fastdecode.ops.step import Recipe, Step
 
@@ -78,9 +81,13 @@ def test_float32_writes_the_same_and_is_served_fast(name: str) -> None:
     assert result.speed.service.fast_steps == 7 * result.setup.gdn_layers * FEW.repeat
     assert len(result.speed.ratios) == FEW.repeat
     assert len(result.speed.step_ratios) == 7 * FEW.repeat
-    assert len(runs) == total_runs(FEW) - 1  # nothing to compare with float32
+    assert len(runs) == total_runs(load(name)[0], FEW) - 1  # nothing to compare with float32
     assert runs[-4:] == ["run 1, unpatched", "run 1, patched", "run 2, patched", "run 2, unpatched"]
     assert not qwen_fastdecode.status(load(name)[0]).covered
+    assert {side: found.missing for side, found in result.beside.items()} == dict.fromkeys(
+        ("cuda_graph", "compiled"), "the model is not on a CUDA device"
+    )
+    assert result.starts == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,7 +168,22 @@ def test_where_float32_does_not_fit_layer_steps_decide(monkeypatch: pytest.Monke
     assert result.parity.layer_step.patched_from_float32 is not None
 
 
-@pytest.mark.parametrize("side", [False, True])
+def test_hooks_that_move_nothing_do_not_keep_a_model_from_float32() -> None:
+    own = load(NAMES[0], torch.bfloat16)[0]
+    model = dispatch_model(copy.deepcopy(own), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert any("_hf_hook" in vars(module) for module in model.modules())
+    result = compare(model, load(NAMES[0])[1], PROMPTS, replace(FEW, repeat=1))
+    assert result.parity.failures == []
+    assert result.parity.float32 is not None
+    assert result.parity.layer_step.patched_from_float32 is not None
+
+
+def test_offloaded_weights_have_no_float32() -> None:
+    model = cpu_offload(copy.deepcopy(load(NAMES[0], torch.bfloat16)[0]), execution_device=torch.device("cpu"))
+    assert run.no_float32(model) == "its weights are quantised, offloaded, or spread over devices"
+
+
+@pytest.mark.parametrize("side", [UPSTREAM, PATCHED])
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -173,9 +195,9 @@ def test_where_float32_does_not_fit_layer_steps_decide(monkeypatch: pytest.Monke
         (ValueError("a bug"), Exit.CRASHED),
     ],
 )
-def test_a_side_that_fails_is_named(side: bool, error: Exception, code: Exit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_side_that_fails_is_named(side: str, error: Exception, code: Exit, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Sides) -> Any:
-        if qwen_fastdecode.status(self.model).covered == 3 * side:
+        if qwen_fastdecode.status(self.model).covered == 3 * (side == PATCHED):
             raise error
         return right(self)
 
@@ -183,7 +205,7 @@ def test_a_side_that_fails_is_named(side: bool, error: Exception, code: Exit, mo
     monkeypatch.setattr(Sides, "generate", fail)
     with pytest.raises(SideFailed) as failed:
         compare(*load(NAMES[0]), PROMPTS, FEW)
-    assert (failed.value.is_patched, failed.value.exit, failed.value.what) == (side, code, "greedy text")
+    assert (failed.value.side, failed.value.exit, failed.value.what) == (side, code, "greedy text")
     assert failed.value.__cause__ is error
 
 

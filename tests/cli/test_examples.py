@@ -43,6 +43,6 @@ def test_a_batch_job(tmp_path: Path) -> None:
 
 def test_a_model_of_real_head_counts(tmp_path: Path) -> None:
     done = python(EXAMPLES / "real_heads.py", tmp_path / "model")
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # also where torchao is, which complains
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config
     assert (config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim) == (16, 32, 128)

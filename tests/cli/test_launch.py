@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import py_compile
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from programs import ENVIRONMENT, RUN, python, write
+from programs import ENVIRONMENT, ROOT, RUN, python, write
+
+from qwen_fastdecode.cli.run_checks import OLDEST
 
 # What a program can see of how it was started. The annotation would be a string under our own __future__ import.
 DESCRIBE = """\
@@ -148,6 +151,36 @@ def test_bad_options(arguments: list[str], message: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_no_gpu_for_triton_is_said_before_the_program_starts(tmp_path: Path) -> None:
+    write(tmp_path / "program.py", "print('started')")
+    done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert done.stderr == (
+        "qwen-fastdecode run: --backend triton: this machine has no GPU, or no driver of one; use --backend auto or "
+        "torch\n"
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_old_transformers_is_said_before_the_program_starts(
+    strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write(
+        tmp_path / "old" / "transformers-4.56.2.dist-info" / "METADATA", "Name: transformers\nVersion: 4.56.2\n"
+    )
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", os.pathsep.join([str(old.parent.parent), ENVIRONMENT["PYTHONPATH"]]))
+    write(tmp_path / "program.py", "print('started')")
+    done = python(*RUN, *([] if strict else ["--no-strict"]), "program.py", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == (("", 2) if strict else ("started\n", 0))
+    said = "qwen-fastdecode run: Transformers 4.56.2 is too old, 4.57 is needed; --no-strict runs the program without"
+    assert done.stderr.startswith(said) is strict
+
+
+def test_the_oldest_transformers_is_the_one_that_pip_is_told() -> None:
+    (needed,) = re.findall(r'"transformers>=(\d+)\.(\d+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert tuple(map(int, needed)) == OLDEST
+
+
 HEAVY = """\
 import sys
 print([name for name in ("torch", "transformers", "accelerate", "triton", "numpy") if name in sys.modules])
@@ -210,3 +243,29 @@ if __name__ == "__main__":
     assert done.stdout == f"[{inherited}]\n"
     assert ("It spawned processes, which are not patched" in done.stderr) is not inherited
     assert ("Processes that it forked, 1, report for themselves" in done.stderr) is inherited
+
+
+STARTS = """\
+import os, subprocess, sys
+for command in ([sys.executable, "-c", "0"], [sys.executable, "-c", "0"], ["true"], ["./script"]):
+    subprocess.run(command, check=True)
+subprocess.run(f"{sys.executable} -c 'print()'", shell=True, check=True, stdout=subprocess.DEVNULL)
+subprocess.run([sys.executable, "-m", "qwen_fastdecode", "run", "-m", "this"], check=True, stdout=subprocess.DEVNULL)
+"""
+
+
+def test_python_programs_that_it_starts_are_named_in_the_report(tmp_path: Path) -> None:
+    write(tmp_path / "program.py", STARTS)
+    write(tmp_path / "script", f"#!{sys.executable}\n").chmod(0o755)
+    done = python(*RUN, "--report", "program.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name = Path(sys.executable).name
+    assert done.stderr.splitlines()[-1] == (
+        "It started Python programs, which are not patched and not counted here unless they are started with "
+        f"qwen-fastdecode run: {name} -c 0 (2 times); script; {name} -c 'print()'."
+    )
+
+
+def test_a_program_that_starts_no_other_is_told_of_none(tmp_path: Path) -> None:
+    write(tmp_path / "program.py", "import subprocess\nsubprocess.run(['true'], check=True)")
+    assert "It started" not in python(*RUN, "--report", "program.py", cwd=tmp_path).stderr

@@ -68,25 +68,30 @@ def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_
     assert fast_steps(done.stderr) == [NEW - 1] * LINEAR
 
 
+def test_options_of_run_are_those_of_patch(expected: str, tmp_path: Path) -> None:
+    """What the reports say of them: on a CPU, why neither does anything."""
+    write(tmp_path / "program.py", PIPELINE)
+    done = python(*RUN, "--deferred-state", "--cuda-graph", "--report", "program.py", TINY, cwd=tmp_path)
+    assert done.stdout == f"{expected}\n", done.stderr
+    assert "deferred_state: two passes on the torch backend" in done.stderr
+    assert "the model is not on a CUDA device" in done.stderr
+
+
 def said(errors: str) -> list[str]:
     """The lines on stderr, without those of other packages as they are imported."""
     return [line for line in errors.splitlines() if "torchao" not in line and "_pytree.py" not in line]
 
 
-def test_what_cannot_be_patched_ends_the_program_in_one_line(tmp_path: Path) -> None:
-    """Also where Transformers would make a ModuleNotFoundError of any other exception."""
-    write(tmp_path / "program.py", "from transformers import Qwen3_5ForCausalLM\nprint('went on')")
-    done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
-    assert (done.stdout, done.returncode) == ("", 2)
-    assert said(done.stderr) == [
-        "qwen-fastdecode run: backend='triton' cannot run on cpu: Triton needs a CUDA or ROCm device, not 'cpu'. Use "
-        "backend='auto' or 'torch'."
-    ]
-
-
-def test_what_cannot_be_patched_fails_every_import_and_is_said_once(tmp_path: Path) -> None:
-    attempts = """
-import threading
+UNKNOWN = """\
+import pathlib, transformers.models.qwen3_5 as package
+source = pathlib.Path(package.__path__[0], "modeling_qwen3_5.py").read_text()
+pathlib.Path("modeling_qwen3_5.py").write_text(source.replace("beta = b.sigmoid()", "beta = 2 * b.sigmoid()"))
+package.__path__.insert(0, str(pathlib.Path.cwd()))
+"""
+IMPORT = """from transformers import Qwen3_5ForCausalLM
+print("went on")
+"""
+ATTEMPTS = """import threading
 def attempt():
     try:
         import transformers.models.qwen3_5.modeling_qwen3_5
@@ -97,25 +102,27 @@ for thread in [threading.Thread(target=attempt) for _ in range(2)]:
     thread.start()
     thread.join()
 """
-    write(tmp_path / "program.py", attempts)
-    done = python(*RUN, "--backend", "triton", "program.py", cwd=tmp_path)
+
+
+def test_what_cannot_be_patched_ends_the_program_in_one_line(tmp_path: Path) -> None:
+    """Also where Transformers would make a ModuleNotFoundError of any other exception."""
+    write(tmp_path / "program.py", UNKNOWN + IMPORT)
+    done = python(*RUN, "program.py", cwd=tmp_path)
+    assert (done.stdout, done.returncode) == ("", 2)
+    (line,) = said(done.stderr)
+    assert line.startswith("qwen-fastdecode run: transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet ")
+
+
+def test_what_cannot_be_patched_fails_every_import_and_is_said_once(tmp_path: Path) -> None:
+    write(tmp_path / "program.py", UNKNOWN + ATTEMPTS)
+    done = python(*RUN, "program.py", cwd=tmp_path)
     assert (done.stdout, done.returncode) == ("exit 2\nexit 2\n", 2)  # though no thread's exception ends a program
     assert len(said(done.stderr)) == 1
 
 
-UNKNOWN = """\
-import pathlib, transformers.models.qwen3_5 as package
-source = pathlib.Path(package.__path__[0], "modeling_qwen3_5.py").read_text()
-pathlib.Path("modeling_qwen3_5.py").write_text(source.replace("beta = b.sigmoid()", "beta = 2 * b.sigmoid()"))
-package.__path__.insert(0, str(pathlib.Path.cwd()))
-from transformers import Qwen3_5ForCausalLM
-print("went on")
-"""
-
-
 @pytest.mark.parametrize("strict", [True, False])
 def test_unknown_code_is_named(strict: bool, tmp_path: Path) -> None:
-    write(tmp_path / "program.py", UNKNOWN)
+    write(tmp_path / "program.py", UNKNOWN + IMPORT)
     options = [] if strict else ["--no-strict"]
     done = python(*RUN, *options, "--report", "program.py", cwd=tmp_path)
     assert (done.stdout, done.returncode) == (("", 2) if strict else ("went on\n", 0)), done.stderr

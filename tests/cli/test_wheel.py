@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,18 @@ def test_the_wheel_carries_the_seams(wheel: Path) -> None:
     assert "qwen_fastdecode/ops/triton/tiles.toml" in names
     assert "qwen_fastdecode/py.typed" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"qwen_fastdecode"}
+
+
+def test_its_description_is_the_readme_with_links_that_work_outside_the_repository(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        about = message_from_bytes(archive.read(name))
+    text = about.get_payload()
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert text.startswith("# qwen_fastdecode\n")
+    assert re.findall(r"\]\((?!https://)[^)]*\)", text) == []
+    assert "](https://example.invalid/qwen-fastdecode/docs/tokens.svg)" in text
+    assert {"License-Expression", "Author", "Project-URL", "Requires-Python", "Keywords"} <= {*about.keys()}
 
 
 def test_the_wheel_patches_a_model_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:

@@ -247,6 +247,25 @@ def test_what_changes_during_a_call_is_captured_again(what: str) -> None:
     assert (status.captures, status.replays) == (2, 23 - 4)
 
 
+def test_a_cache_whose_tensors_were_replaced_is_captured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[caches.GrowingCache] = []
+    own = caches.GrowingCache.__init__
+
+    def noted(self: caches.GrowingCache, *args: Any) -> None:
+        made.append(self)
+        own(self, *args)
+
+    def replace(model: Any) -> None:
+        layer = made[0].static.layers[-1]
+        layer.keys = layer.keys.clone()
+
+    monkeypatch.setattr(caches.GrowingCache, "__init__", noted)
+    expected, _ = meddled(lambda model: None, capture=False)
+    found, status = meddled(replace, capture=True)
+    assert torch.equal(found, expected)
+    assert (status.captures, status.replays) == (2, 23 - 4)
+
+
 def test_weights_that_are_written_in_place_stay_captured() -> None:
     expected, _ = meddled(_write_in_place, capture=False)
     found, status = meddled(_write_in_place, capture=True)

@@ -15,6 +15,7 @@ from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.ring import Ring, decode_deferred_torch, new_ring, pending, settle
 from qwen_fastdecode.ops.torch_cpu import decode_torch
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
+from qwen_fastdecode.ops.triton.launch import decode_triton
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 Decode = Callable[..., Tensor]
@@ -38,10 +39,10 @@ class Run:
         tensors, options = self.step.tensors, self.step.options
         for x in tensors[:6]:
             x.copy_(torch.randn(x.shape, generator=self.generator))
-        expected = decode_reference(*as_op([*tensors[:6], self.law_taps, self.law, *tensors[8:]], options))
+        self.expected = decode_reference(*as_op([*tensors[:6], self.law_taps, self.law, *tensors[8:]], options))
         y = self.decode(*as_op(tensors, options), self.ring)
         assert torch.equal(self.step.conv_state, self.law_taps)
-        return relative_rms(y, expected)
+        return relative_rms(y, self.expected)
 
     def state_error(self, settle_states: Callable[[Tensor, Ring], None] = settle_triton) -> float:
         settle_states(self.step.recurrent_state, self.ring)
@@ -105,17 +106,37 @@ def test_a_decay_that_underflows_among_long_memories() -> None:
     assert run.state_error() <= FLOAT32
 
 
-def test_as_exact_as_two_passes_over_1024_steps() -> None:
-    run = Run(8, decode_deferred_torch, B=1, HK=1, R=2)
-    run.step.dt_bias.fill_(-6.0)  # long memories, so that errors add up
-    two = run.step.recurrent_state.clone()
-    taps = run.step.conv_state.clone()
-    for _ in range(1024):
-        run.token()
+def exact(N: int, decode: Decode, two_passes: Decode, steps: int, dtype: torch.dtype = F32) -> None:
+    """Long memories, so that errors add up, and a head that now and then forgets everything: its decay underflows."""
+    run = Run(N, decode, B=1, HK=1, R=2, state_dtype=dtype)
+    two, taps = run.step.recurrent_state.clone(), run.step.conv_state.clone()
+    ours, theirs = [], []
+    for t in range(steps):
+        run.step.dt_bias.copy_(torch.tensor([-6.0, 30000.0 if t % 100 == 70 else -6.0]))
+        ours.append(run.token())
         tensors = [*run.step.tensors[:6], taps, two, *run.step.tensors[8:]]
-        decode_torch(*as_op(tensors, run.step.options))
-    ours, theirs = run.state_error(settle), relative_rms(two, run.law)
-    assert ours <= 1.2 * theirs, (ours, theirs)
+        expected = run.expected
+        theirs.append(relative_rms(two_passes(*as_op(tensors, run.step.options)), expected))
+    assert sum(ours) <= 1.2 * sum(theirs), (sum(ours), sum(theirs))
+    state, law = run.state_error(settle), relative_rms(two, run.law)
+    assert state <= 1.2 * law, (state, law)
+
+
+def test_as_exact_as_two_passes() -> None:
+    exact(8, decode_deferred_torch, decode_torch, 192)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("N", [1, 2, 3, 6, 8, 16])
+def test_as_exact_as_two_passes_over_1024_steps(N: int, dtype: torch.dtype) -> None:
+    exact(N, decode_deferred_torch, decode_torch, 1024, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [6, 8])
+def test_the_kernels_as_exact_over_1024_steps(N: int) -> None:
+    exact(N, decode_deferred_triton, decode_triton, 1024)
 
 
 def test_the_ring_in_float64_is_two_passes() -> None:

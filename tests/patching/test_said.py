@@ -13,6 +13,7 @@ from models import LINEAR, PROMPT, build, generate
 import qwen_fastdecode as qf
 from qwen_fastdecode.layer import dispatch
 from qwen_fastdecode.names import BACKENDS, HEAD_PARALLEL, Backend, HeadParallel
+from qwen_fastdecode.report import GraphStatus
 
 
 def test_counters_begin_anew() -> None:
@@ -65,3 +66,12 @@ def test_the_log_says_what_was_patched_and_undone(caplog: pytest.LogCaptureFixtu
 def test_choices_are_types() -> None:
     assert get_args(Backend) == BACKENDS == ("auto", "triton", "torch")
     assert get_args(HeadParallel) == HEAD_PARALLEL == ("auto", "on", "off")
+
+
+def test_a_model_that_was_never_captured_says_so_and_why() -> None:
+    status = GraphStatus(reasons={"a reason": 2, "another": 1}, details={"another": "more"})
+    assert str(status).splitlines() == [
+        "cuda_graph: nothing was captured",
+        "cuda_graph: eager: a reason: 2",
+        "cuda_graph: eager: another: 1 (more)",
+    ]

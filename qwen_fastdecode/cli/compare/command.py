@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import logging
 import os
 import sys
 import traceback
@@ -19,6 +19,7 @@ import transformers
 from ...errors import BadInput
 from ...switch import KILL_SWITCH, switched_off
 from ..arguments import Exit
+from ..quiet import quiet_imports
 from .inputs import (
     check_batch,
     check_plot,
@@ -30,8 +31,9 @@ from .inputs import (
     read_prompts,
     require,
 )
-from .result import Comparison, SideFailed
-from .run import Settings, compare, told, total_runs
+from .result import UPSTREAM, WORDS, Comparison, SideFailed
+from .run import compare, total_runs
+from .sides import Settings, told
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("--device and --device-map exclude each other")
 
     silence_libraries()
-    settings = Settings(args.new_tokens, args.repeat, args.backend, args.state_dtype)
+    settings = Settings(args.new_tokens, args.repeat, args.backend, args.state_dtype, args.beside)
     try:
-        with told("loading", False):
+        with told("loading", UPSTREAM):
             model, tokenizer = load_model(
                 args.model, args.dtype, device, revision=args.revision, device_map=args.device_map
             )
@@ -72,7 +74,7 @@ def report_failure(failure: SideFailed) -> int:
     """What happened, on stderr: of a crash the traceback comes first, so that the headline is what a terminal shows."""
     cause = failure.__cause__
     assert cause is not None
-    side = "the patched model" if failure.is_patched else "Transformers"
+    side = WORDS[failure.side]
     words = next((line for line in str(cause).splitlines() if line.strip()), "")
     if failure.exit is Exit.OUT_OF_MEMORY:
         headline = f"out of memory: {side} ({failure.what}): {words} Use a smaller --batch or fewer --new-tokens"
@@ -87,8 +89,7 @@ def silence_libraries() -> None:
     """Leaves stderr to this command's own line or bar, and to the bar of loading weights on a terminal."""
     transformers.logging.set_verbosity_error()  # it warns that faster packages are missing; the table says what ran
     huggingface_hub.logging.set_verbosity_error()  # it logs every retry
-    for name in ("torchao", "torch.utils._pytree"):  # Transformers imports torchao where it is, and that complains
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of memory.py announces itself
@@ -103,8 +104,8 @@ def compare_with_progress(model: Any, tokenizer: Any, prompts: list[str], settin
     console = Console(stderr=True)
     quiet = not console.is_terminal
     with Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet) as progress:
-        task = progress.add_task("", total=total_runs(settings))
-        started = iter(range(total_runs(settings)))
+        task = progress.add_task("", total=total_runs(model, settings))
+        started = itertools.count()
 
         def on_run(what: str) -> None:
             progress.update(task, description=what, completed=next(started), refresh=True)

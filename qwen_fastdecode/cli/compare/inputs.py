@@ -22,6 +22,7 @@ from ..arguments import DTYPES
 
 DEFAULT_PROMPTS = ("The for statement is used to iterate over the elements of",)
 PLOT_FORMATS = (".png", ".svg", ".pdf")
+GATED = "{} is gated: accept its terms on the Hub, then `hf auth login`"
 HUB_TIMEOUT = 10.0  # seconds; loading would try again and again for half a minute, and say nothing
 
 
@@ -158,7 +159,7 @@ def _find(name: str, revision: str | None) -> dict[str, str]:
     try:
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except GatedRepoError as error:
-        raise BadInput(f"{name} is gated: accept its terms on the Hub, then `hf auth login`") from error
+        raise BadInput(GATED.format(name)) from error
     except RepositoryNotFoundError as error:
         raise BadInput(f"no such model: {name} is no folder, and not on the Hugging Face Hub") from error
     except RevisionNotFoundError as error:
@@ -174,6 +175,8 @@ def _load(what: str, loader: Any, name: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if isinstance(error.__cause__, GatedRepoError):  # its files are gated; what `_find` asks for is public
+            raise BadInput(GATED.format(name)) from error
         raise BadInput(f"cannot load the {what} of {name}: {_first_line(error)}") from error
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
@@ -132,11 +133,11 @@ def _in_float32(layer: Any, kwargs: dict[str, Any], cache: Any) -> Tensor:
 
 
 def can_be_widened(module: nn.Module) -> bool:
-    """Whether `module.float()` is the same in more digits: plain 16-bit weights, none loaded by hooks."""
+    """Whether `module.float()` is the same in more digits: plain 16-bit weights on one device, none offloaded."""
     parameters = [*module.parameters()]
-    plain = all(type(p) is nn.Parameter and p.is_floating_point() and p.device.type != "meta" for p in parameters)
-    hooked = any(hasattr(part, "_hf_hook") for part in module.modules())
-    return plain and not hooked and any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters)
+    together = len({p.device for p in parameters}) == 1 and not any(map(has_offloaded_params, module.modules()))
+    return plain and together and any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
 
 
 def widen_states(cache: Any, layer_idx: int) -> None:

@@ -108,8 +108,8 @@ class Parity:
     def failures(self) -> list[str]:
         """Why no speed may be claimed; empty if it may."""
         failures, layer = [], self.layer_step
-        if self.exact and self.greedy.first_difference is not None:
-            failures.append(f"greedy texts differ in float32, from new token {self.greedy.first_difference} on")
+        if self.exact:
+            failures += differing_texts(self.greedy)
         # "not below" rather than "above": a NaN must fail.
         if not layer.relative_rms < self.max_layer_distance:
             failures.append(
@@ -124,6 +124,12 @@ class Parity:
                 of = self.float32
                 failures += _farther("logits", of.patched_logits, of.upstream_logits, MAX_TEXT_NOISE)
         return failures
+
+
+def differing_texts(greedy: GreedyAgreement) -> list[str]:
+    """What is wrong where the texts of float32 are not the same."""
+    first = greedy.first_difference
+    return [] if first is None else [f"greedy texts differ in float32, from new token {first} on"]
 
 
 def _farther(what: str, patched: float | None, upstream: float | None, allowed: float) -> list[str]:

@@ -18,9 +18,27 @@ from rich.text import Text
 from ... import __version__
 from ..arguments import Exit
 from .parity import Parity, apart
-from .result import MIN_REPEATS, Comparison, Sample, Service, Setup, Speed
+from .result import (
+    COMPILED,
+    CUDA_GRAPH,
+    MIN_REPEATS,
+    PATCHED,
+    UPSTREAM,
+    Beside,
+    Comparison,
+    Sample,
+    Service,
+    Setup,
+    Speed,
+)
 from .statistics import Spread
 
+LABELS = {
+    UPSTREAM: "Transformers",
+    PATCHED: "with the patch",
+    CUDA_GRAPH: "... cuda_graph=True",
+    COMPILED: "Transformers compiled",
+}
 SCHEMA_VERSION = 1  # of the JSON; counts up when a field is removed or means something else
 
 
@@ -29,6 +47,8 @@ def render(c: Comparison) -> RenderableType:
     parts: list[RenderableType] = [Text(title(c.setup), style="bold"), verdict(c)]
     if c.speed is not None:
         parts.append(speed_table(c.speed, c.setup.sequences))
+        if c.starts:
+            parts.append(sides_table(c, c.speed))
     return Group(*parts, details(c), sample_panel(c.sample))
 
 
@@ -48,7 +68,7 @@ def headline(c: Comparison) -> tuple[str, str]:
     """The verdict and its style."""
     if c.speed is None:
         lines = ["The patched model is WRONG here; no speed is reported for a wrong result."]
-        return "\n".join([*lines, *(f"  {failure}" for failure in c.parity.failures)]), "bold red"
+        return "\n".join([*lines, *(f"  {failure}" for failure in c.failures)]), "bold red"
     if c.exit is Exit.SWITCHED_OFF:
         return "Switched off: QWEN_FASTDECODE=0 is set, so both sides ran Transformers' own code.", "bold yellow"
     if c.exit is Exit.NOT_SERVED:
@@ -96,6 +116,26 @@ def speed_table(speed: Speed, sequences: int) -> Table:
     return table
 
 
+def sides_table(c: Comparison, speed: Speed) -> Table:
+    """All sides, with what a program waits for when it begins."""
+    caption = "seconds to the 1st and 100th token of a side's first call, patching and compiling included"
+    table = Table(caption=caption, caption_justify="left")
+    for name in ("", "ms a token", "tokens/s", "times", "1st, s", "100th, s"):
+        table.add_column(name, justify="right" if name else "left")
+    beside = {side: found.speed for side, found in c.beside.items()}
+    for side, found in {UPSTREAM: speed.upstream, PATCHED: speed.patched, **beside}.items():
+        if found is not None and side in c.starts:
+            start, times = c.starts[side], speed.upstream.step_ms.median / found.step_ms.median
+            cells = number(found.step_ms.median), number(found.tokens_per_second.median), f"{times:.2f}x"
+            table.add_row(LABELS[side], *cells, f"{start.first_s:.2f}", f"{start.hundredth_s:.2f}")
+    return table
+
+
+def why_not(found: Beside) -> str:
+    """Of a side beside the two: why it has no speed."""
+    return found.missing or "WRONG, no speed: " + "; ".join(found.failures)
+
+
 def details(c: Comparison) -> Table:
     """What was compared, and what the numbers depend on."""
     grid = Table.grid(padding=(0, 2))
@@ -121,6 +161,9 @@ def details(c: Comparison) -> Table:
         grid.add_row("  from float32", f"not measured: {c.parity.float32_missing}")
     if c.speed is not None:
         grid.add_row("served fast", served(c.speed.service))
+        for side, found in c.beside.items():
+            if found.speed is None:
+                grid.add_row(side.replace("_", " "), why_not(found))
     grid.add_row("patched layers", f"{c.setup.gdn_layers} of {c.setup.num_layers}, {c.setup.backend} backend")
     if c.setup.state_dtype is not None:
         grid.add_row("patched states", f"recurrent ones in {c.setup.state_dtype}")

@@ -9,11 +9,18 @@ from dataclasses import dataclass, field
 from ...reasons import Reason
 from ..arguments import Exit
 from .generation import Run
-from .parity import Parity
+from .parity import GreedyAgreement, LogitsDistance, Parity
 from .statistics import Spread, ratio_of_medians, step_ratios
 from .upstream import UpstreamKernels
 
 MIN_REPEATS = 3  # fewer have no spread to speak of
+UPSTREAM, PATCHED, CUDA_GRAPH, COMPILED = "unpatched", "patched", "cuda_graph", "compiled"  # the sides
+WORDS = {
+    UPSTREAM: "Transformers",
+    PATCHED: "the patched model",
+    CUDA_GRAPH: "the patched model with cuda_graph=True",
+    COMPILED: "Transformers, compiled",
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,25 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Of the first call of a side, from before it was patched or compiled."""
+
+    first_s: float  # until the first token was there
+    hundredth_s: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A side beside the two, and why it has no speed where it has none."""
+
+    missing: str = ""  # why it was not run, or did not do what it is for
+    failures: list[str] = field(default_factory=list)
+    greedy: GreedyAgreement | None = None
+    logits: LogitsDistance | None = None
+    speed: Side | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """What both sides wrote after one prompt: the first whose texts differ, else the first."""
 
@@ -125,6 +151,14 @@ class Comparison:
     parity: Parity
     speed: Speed | None
     sample: Sample
+    beside: dict[str, Beside] = field(default_factory=dict)  # by side
+    starts: dict[str, Start] = field(default_factory=dict)  # by side; none where nothing is compared beside the two
+
+    @property
+    def failures(self) -> list[str]:
+        """Why no speed is claimed; what is wrong with Transformers' own compiled step is not among it."""
+        own = self.beside.get(CUDA_GRAPH, Beside()).failures
+        return [*self.parity.failures, *(f"with cuda_graph=True: {failure}" for failure in own)]
 
     @property
     def exit(self) -> Exit:
@@ -140,6 +174,6 @@ class Comparison:
 class SideFailed(Exception):
     """A side raised, or had no memory left: `exit` says which, the cause is the error."""
 
-    def __init__(self, what: str, is_patched: bool, exit_: Exit):
+    def __init__(self, what: str, side: str, exit_: Exit):
         super().__init__(what)
-        self.what, self.is_patched, self.exit = what, is_patched, exit_
+        self.what, self.side, self.exit = what, side, exit_

@@ -2,106 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
 from torch import Tensor
 
-import qwen_fastdecode
-from qwen_fastdecode.errors import BadInput, PatchError
-from qwen_fastdecode.names import Backend
-from qwen_fastdecode.report import PatchReport
 from qwen_fastdecode.upstream.families import FAMILIES
 
-from ..arguments import Exit
 from ..machine import cpu_name, device_name, versions
-from .generation import Batch, Clock, Run, encode, forced_logits, generate
-from .layerwise import LayerDistance, LayerwiseCheck, can_be_widened
-from .memory import decode_step_bytes
-from .parity import Float32Distance, GreedyAgreement, LogitsDistance, Parity, comparable_part
-from .result import Comparison, Sample, Service, Setup, SideFailed, Speed
+from . import beside as beside_them
+from .generation import Batch, encode, generate
+from .layerwise import can_be_widened
+from .parity import Float32Distance, GreedyAgreement, LogitsDistance, Parity, differing_texts
+from .result import (
+    COMPILED,
+    CUDA_GRAPH,
+    PATCHED,
+    UPSTREAM,
+    Beside,
+    Comparison,
+    Sample,
+    Service,
+    Setup,
+    Side,
+    Speed,
+    Start,
+)
+from .sides import Settings, Sides, told
 from .upstream import upstream_kernels
 
-T = TypeVar("T")
-
 ROOM = 2.0  # times the bytes of the weights in float32: what making that copy, and running it, may take
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is generated, how often, by which backend, and with which dtype of the patched side's recurrent states."""
-
-    new_tokens: int = 64
-    repeat: int = 5
-    backend: Backend = "auto"
-    state_dtype: str | None = None  # None: upstream's
-
-    def patched(self, model: Any) -> AbstractContextManager[PatchReport]:
-        """The patched side."""
-        state_dtype = None if self.state_dtype is None else getattr(torch, self.state_dtype)
-        return qwen_fastdecode.patched(model, backend=self.backend, state_dtype=state_dtype)
-
-
-class Sides:
-    """One model on one batch of prompts, with and without the patch."""
-
-    def __init__(self, model: Any, batch: Batch, settings: Settings, on_run: Callable[[str], None]):
-        self.model, self.batch, self.settings = model, batch, settings
-        self._on_run = on_run
-
-    def run(self, what: str, is_patched: bool, call: Callable[[], T]) -> T:
-        """`call` on one side. Raises SideFailed where it fails."""
-        self._on_run(f"{what}, {'patched' if is_patched else 'unpatched'}")
-        with told(what, is_patched), self.settings.patched(self.model) if is_patched else nullcontext():
-            return call()
-
-    def both(self, what: str, call: Callable[[], T], patched_first: bool = False) -> tuple[T, T]:
-        """`call` on both sides; returns the unpatched model's result first, whichever side ran first."""
-        results = {side: self.run(what, side, call) for side in (patched_first, not patched_first)}
-        return results[False], results[True]
-
-    def generate(self) -> Run:
-        """Greedy text of the batch."""
-        return generate(self.model, self.batch, self.settings.new_tokens)
-
-    def timed_run(self) -> tuple[Run, Service]:
-        """Counts who served the decode steps; asking costs time on both sides, between prefill and first step."""
-        after_prefill: list[Service] = []
-        clock = Clock(after_prefill=lambda: after_prefill.append(service_of(self.model)))
-        run = generate(self.model, self.batch, self.settings.new_tokens, clock)
-        return run, service_of(self.model) - after_prefill[0]
-
-    def comparable(self, tokens: Tensor) -> tuple[Batch, Tensor]:
-        """As many of the prompts, and of the tokens [B, new tokens] after them, as there is memory for logits."""
-        sequences, steps = tokens.shape
-        sequences, steps = comparable_part(sequences, steps, self.model.config.get_text_config().vocab_size)
-        return {name: tensor[:sequences] for name, tensor in self.batch.items()}, tokens[:sequences, :steps]
-
-    def logits(self, tokens: Tensor, layers: Sequence[str]) -> tuple[Tensor, Tensor, LayerDistance]:
-        """Of both sides, decoding the same tokens; the steps of `layers` are checked."""
-        part, forced = self.comparable(tokens)
-        check = LayerwiseCheck(self.model, layers)
-        upstream = self.run("logits", False, lambda: forced_logits(self.model, part, forced))
-        with check.watching():
-            patched = self.run("logits", True, lambda: forced_logits(self.model, part, forced))
-        return upstream, patched, check.distance
-
-    def float32(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of the model in float32, unpatched: its greedy text, and its logits over the same tokens."""
-        self._on_run("in float32, unpatched")
-        with told("in float32", False):
-            wide = copy.deepcopy(self.model).float()
-            text = generate(wide, self.batch, self.settings.new_tokens).tokens
-            return text, forced_logits(wide, *self.comparable(tokens))
-
-    def step_bytes(self) -> int | None:
-        """Peak memory of a decode step."""
-        return decode_step_bytes(self.model, self.batch)
 
 
 def compare(
@@ -118,7 +51,7 @@ def compare(
         tokenizer: the model's.
         prompts: one a sequence.
         settings: how much is generated.
-        on_run: called before each of the at most `total_runs(settings)` `generate` calls, with what is about to run.
+        on_run: called at most `total_runs(model, settings)` times, with what is about to run.
 
     Raises:
         PatchError: the model cannot be patched.
@@ -127,25 +60,67 @@ def compare(
     batch = encode(tokenizer, prompts, model.device)
     sides = Sides(model, batch, settings, on_run)
     setup, layers = describe(model, batch, settings)
+    missing = beside_them.missing(model, settings.beside)
+    running = [side for side, why in missing.items() if not why]
+    beside = {side: Beside(missing=why) for side, why in missing.items() if why}
+    starts = _starts(sides, running)
 
     upstream, patched = sides.both("greedy text", sides.generate)  # also warms both sides up
     texts = [(upstream.tokens, patched.tokens)]
     greedy = GreedyAgreement.between(texts, prompts)
     logits = sides.logits(upstream.tokens, layers)
-    wide, float32, missing = _float32(sides, prompts, texts[0], logits[:2])
+    wide, float32, absent = _float32(sides, prompts, texts[0], logits[:2])
     distances = logits[2], LogitsDistance.between(*logits[:2])
-    parity = Parity(setup.dtype, *distances, greedy, float32, missing, settings.state_dtype)
+    parity = Parity(setup.dtype, *distances, greedy, float32, absent, settings.state_dtype)
     sample = _sample(tokenizer, prompts, greedy.first_prompt or 0, *texts[0], wide)
-    if parity.failures:
-        return Comparison(setup, parity, None, sample)
+    apart = max(distances[1].relative_rms, parity.max_layer_distance)
+    judge = beside_them.Judge(prompts, parity.exact, upstream.tokens, logits[0], apart)
+    if CUDA_GRAPH in running and not parity.failures:
+        beside[CUDA_GRAPH] = beside_them.captured(sides, judge)
+    result = Comparison(setup, parity, None, sample, beside, starts)
+    if result.failures:
+        return result
 
+    result = _timed(sides, prompts, texts, result)
+    if COMPILED in running and not result.failures:
+        compiled, start = beside_them.run_compiled(sides, judge)
+        starts = starts if start is None else {**starts, COMPILED: start}
+        result = replace(result, beside={**result.beside, COMPILED: compiled}, starts=starts)
+    return result
+
+
+def _starts(sides: Sides, running: Sequence[str]) -> dict[str, Start]:
+    """Of each side that compiles nothing, where something is compared beside the two."""
+    if not running:
+        return {}
+    with told("first call", UPSTREAM):
+        generate(sides.model, sides.batch, 4)  # what every program pays: the device and its libraries
+    return {
+        side: sides.start(side) for side in (UPSTREAM, PATCHED, CUDA_GRAPH) if side != CUDA_GRAPH or side in running
+    }
+
+
+def _timed(sides: Sides, prompts: Sequence[str], texts: list[tuple[Tensor, Tensor]], result: Comparison) -> Comparison:
+    """The result with its speeds. The sides take turns, in an order that turns as well."""
     memory = sides.both("memory", sides.step_bytes)
-    timed = [sides.both(f"run {i + 1}", sides.timed_run, patched_first=i % 2 == 1) for i in range(settings.repeat)]
-    runs = [(before, after) for (before, _), (after, _) in timed]
-    texts += [(before.tokens, after.tokens) for before, after in runs]  # what was timed must be right as well
-    parity = replace(parity, greedy=GreedyAgreement.between(texts, prompts))
-    served = sum((service for _, (_, service) in timed), Service())
-    return Comparison(setup, parity, None if parity.failures else Speed.of(runs, memory, served), sample)
+    graph = result.beside.get(CUDA_GRAPH, Beside(missing="not asked for"))
+    turns = [UPSTREAM, PATCHED, *([] if graph.missing else [CUDA_GRAPH])]
+    timed = [
+        sides.each(f"run {i + 1}", turns[::-1] if i % 2 else turns, sides.timed_run)
+        for i in range(sides.settings.repeat)
+    ]
+    runs = [(found[UPSTREAM][0], found[PATCHED][0]) for found in timed]
+    texts = [*texts, *((before.tokens, after.tokens) for before, after in runs)]  # what was timed must be right as well
+    parity = replace(result.parity, greedy=GreedyAgreement.between(texts, prompts))
+    beside = result.beside
+    if CUDA_GRAPH in turns:
+        replayed = [found[CUDA_GRAPH][0] for found in timed]
+        agreement = GreedyAgreement.between([(texts[0][0], run.tokens) for run in replayed], prompts)
+        wrong = differing_texts(agreement) if parity.exact else []
+        beside = {**beside, CUDA_GRAPH: replace(graph, greedy=agreement, failures=wrong, speed=Side.of(replayed, None))}
+    served = sum((found[PATCHED][1] for found in timed), Service())
+    result = replace(result, parity=parity, beside=beside)
+    return result if result.failures else replace(result, speed=Speed.of(runs, memory, served))
 
 
 def _float32(
@@ -166,7 +141,7 @@ def _float32(
 def no_float32(model: Any) -> str:
     """Why there is no copy of `model` in float32; empty where there is room for one."""
     if not can_be_widened(model):
-        return "its weights are quantised, or spread over devices"
+        return "its weights are quantised, offloaded, or spread over devices"
     needed = ROOM * 4 * sum(parameter.numel() for parameter in model.parameters())
     device = model.device
     free = get_max_memory().get("cpu" if device.type == "cpu" else device.index or 0, 0)
@@ -180,30 +155,12 @@ def _sample(
     return Sample(prompts[which], tokenizer.decode(upstream[which]), tokenizer.decode(patched[which]), exact)
 
 
-@contextmanager
-def told(what: str, is_patched: bool) -> Iterator[None]:
-    """Raises SideFailed for what a side raises, but for what the user has to change."""
-    try:
-        yield
-    except (BadInput, PatchError):
-        raise
-    except Exception as error:
-        words = str(error).lower()
-        no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-            isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)
-        )
-        raise SideFailed(what, is_patched, Exit.OUT_OF_MEMORY if no_memory else Exit.CRASHED) from error
-
-
-def total_runs(settings: Settings) -> int:
-    """How many `generate` calls a comparison makes at most: on each side greedy, logits, memory and the timed ones."""
-    return 2 * (3 + settings.repeat) + 1
-
-
-def service_of(model: Any) -> Service:
-    """Who served `model`'s layer-steps since it was patched; nothing is counted while it is not."""
-    status = qwen_fastdecode.status(model)
-    return Service(status.fast_steps, status.fallbacks)
+def total_runs(model: Any, settings: Settings) -> int:
+    """Announced at most: on each side greedy, logits, memory and the timed ones; what is beside; float32."""
+    beside = beside_them.missing(model, settings.beside)
+    running = [side for side, why in beside.items() if not why]
+    of_graph = (2 + settings.repeat) * (CUDA_GRAPH in running)
+    return 2 * (3 + settings.repeat) + 1 + (2 if running else 0) + of_graph + (COMPILED in running)
 
 
 def describe(model: Any, batch: Batch, settings: Settings) -> tuple[Setup, list[str]]:

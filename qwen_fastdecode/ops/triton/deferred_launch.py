@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import UnsupportedStep
-from ..ring import Ring, check_deferred, check_ring
+from ..prepared import Prepared
+from ..ring import Kind, Ring, check_deferred, check_kind, check_ring, kind_of
 from ..step import Recipe, Step
 from . import tiles
 from .deferred import decode_deferred, settle_states
-from .launch import _check, _layout, _max_programs, _numbers
+from .launch import INTERPRETED, check_arguments, layout_of, max_programs_on, numbers_of, places_of
 from .tiles import Tile
 
 
@@ -25,7 +27,7 @@ class DeferredTile(NamedTuple):
     prefetch: bool = False  # ask for a head's state while the one before is finished
 
 
-class Deferral(NamedTuple):
+class Tuned(NamedTuple):
     """What is best for states of one dtype."""
 
     tile: DeferredTile
@@ -34,8 +36,8 @@ class Deferral(NamedTuple):
 
 
 # Measured on an H100 (benchmarks/results/h100-2026-11-26-kernel). Other GPUs have not been measured.
-FLOAT32 = Deferral(DeferredTile(4, 4, 168), N=6, least_work=512)
-OTHER = Deferral(DeferredTile(2, 8, prefetch=True), N=8, least_work=2048)
+FLOAT32 = Tuned(DeferredTile(4, 4, 168), N=6, least_work=512)
+OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=2048)
 
 
 class SettleLayout(NamedTuple):
@@ -54,55 +56,106 @@ class SettleLayout(NamedTuple):
 def decode_deferred_triton(step: Step, recipe: Recipe, ring: Ring, tile: DeferredTile | None = None) -> Tensor:
     """One token a sequence, all value heads; computes in float32 and returns [N, HV * DV] in the dtype of v.
 
-    Updates the taps and the ring in place, and an N-th of the states. Raises UnsupportedStep for what `check_deferred`
-    and the two-pass kernel refuse, ValueError for a ring that does not belong to the states.
+    Updates the taps and the ring in place, and an N-th of the states. The first step of a kind compiles. Raises
+    UnsupportedStep for what `check_deferred` and the two-pass kernel refuse, ValueError for a ring that does not belong
+    to the states.
     """
-    s = check_deferred(step, recipe, ring)
-    _check(step)
-    recurrent, v = step.states.recurrent, step.tokens.v
-    if any(x.dtype != torch.float32 for x in ring[:3]):
-        raise UnsupportedStep("ring: expected float32, in which the Triton backend computes")
-    tile = tile or deferral(recurrent.dtype).tile
-    items = s.B * s.HK
-    programs = min(items, _max_programs(v.device))
+    sources = [*map(Tensor.data_ptr, step.sources)]
+    others = [*map(Tensor.data_ptr, (*step.states, *step.weights, *ring))]
+    unaligned = 0
+    for pointer in others[-len(ring) :]:
+        unaligned |= pointer
+    if unaligned & 15:
+        raise ValueError("ring: expected parts that begin at multiples of 16 bytes, as PyTorch allocates them")
+    for pointer in (*sources, *others):
+        unaligned |= pointer
+    alignment = tuple(pointer & 15 for pointer in (*sources, *others)) if unaligned & 15 else None
+    launch = _prepared.find(step, recipe, alignment, kind_of(ring), tile)
+    return launch(step, ring, sources, others)
+
+
+_Launch = Callable[[Step, Ring, list[int], list[int]], Tensor]
+
+
+def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
+    """Checks and compiles for one kind of steps and rings; returns what launches it."""
+    s = check_deferred(step, recipe)
+    check_arguments(step)
+    check_kind(kind, step.states.recurrent)
+    shapes, dtypes, *_ = kind
+    N = shapes[0][2]
+    if dtypes != (*[torch.float32] * 3, torch.int32):
+        raise UnsupportedStep("ring: expected float32, in which the Triton backend computes, and a cursor of int32")
+    v, recurrent = step.tokens.v, step.states.recurrent
+    device, dtype, shape = v.device, v.dtype, (s.N, s.HV * s.DV)
+    tile = tile or tuned(recurrent.dtype).tile
+    grid, items = _grid(s.B * s.HK, device)
     whole = Tile(tiles.power_of_two(s.DV), tile.num_warps)
-    layout = _layout(s, step, recipe, whole, strided=items > programs, pairs=True)
-    out = v.new_empty(s.N, s.HV * s.DV)
-    items, _, *strides = _numbers(s, step, items)
-    block_n = 1 << (ring.N - 1).bit_length()
-    compiled_for = layout, ring.N, block_n, tile.parts, tile.prefetch
-    tensors = *step.tokens, *step.states, *step.weights, *ring, out
-    with torch.cuda.device(v.device if v.is_cuda else -1):
-        decode_deferred[(programs,)](*tensors, items, *strides, *compiled_for, **_options(tile))
-    return out
+    layout = layout_of(s, step, recipe, whole, strided=items > grid[0], pairs=True)
+    _, _, *strides = numbers_of(s, step, items)
+    block_n, parts = 1 << (N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
+    rest = items, *strides, layout, N, block_n, parts, tile.prefetch
+    options = _options(tile)
+    if INTERPRETED:
+
+        def interpret(step: Step, ring: Ring, *_: Any) -> Tensor:
+            out = torch.empty(shape, dtype=dtype, device=device)
+            decode_deferred[grid](*step.tokens, *step.states, *step.weights, *ring, out, *rest, **options)
+            return out
+
+        return interpret
+    ring = [torch.empty(16, dtype=part, device=device) for part in dtypes]
+    tensors = *step.tokens, *step.states, *step.weights, *ring, v.new_empty(16)
+    with torch.cuda.device(device):
+        run = decode_deferred.warmup(*tensors, *rest, grid=grid, **options)[grid]
+    places = places_of(step)
+
+    def launch(step: Step, ring: Ring, sources: list[int], others: list[int]) -> Tensor:
+        # Addresses rather than tensors, as in `launch`.
+        out = torch.empty(shape, dtype=dtype, device=device)
+        pointers = [sources[i] + offset for i, offset in places]
+        if torch.cuda.current_device() == device.index:
+            run(*pointers, *others, out.data_ptr(), *rest)
+        else:
+            with torch.cuda.device(device):
+                run(*pointers, *others, out.data_ptr(), *rest)
+        return out
+
+    return launch
+
+
+_prepared = Prepared(_prepare)
 
 
 def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None = None) -> None:
     """Folds what is pending into the states and sets the cursor to zero."""
     check_ring(ring, recurrent_state)
     (B, HV, DK, DV), HK = recurrent_state.shape, ring.k.shape[1]
-    tile = tile or deferral(recurrent_state.dtype).tile
-    items = B * HK
-    programs = min(items, _max_programs(recurrent_state.device))
+    tile = tile or tuned(recurrent_state.dtype).tile
+    grid, items = _grid(B * HK, recurrent_state.device)
     layout = SettleLayout(
         HK=HK,
         R=HV // HK,
         DK=DK,
         DV=DV,
-        strided=items > programs,
+        strided=items > grid[0],
         state_head=recurrent_state.stride(1),
         BLOCK_K=tiles.power_of_two(DK),
         BLOCK_V=tiles.power_of_two(DV),
     )
+    rest = items, recurrent_state.stride(0), layout, ring.N, min(tile.parts, layout.BLOCK_K)
     with torch.cuda.device(recurrent_state.device if recurrent_state.is_cuda else -1):
-        settle_states[(programs,)](
-            recurrent_state, *ring, items, recurrent_state.stride(0), layout, ring.N, tile.parts, **_options(tile)
-        )
+        settle_states[grid](recurrent_state, *ring, *rest, **_options(tile))
 
 
-def deferral(state: torch.dtype) -> Deferral:
+def tuned(state: torch.dtype) -> Tuned:
     """What is best for states of a dtype."""
     return FLOAT32 if state == torch.float32 else OTHER
+
+
+def _grid(items: int, device: torch.device) -> tuple[tuple[int, int, int], int]:
+    """The programs for so many items (sequences x key heads), and their number again."""
+    return (min(items, max_programs_on(device)), 1, 1), items
 
 
 def _options(tile: DeferredTile) -> dict[str, Any]:

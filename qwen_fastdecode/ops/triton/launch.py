@@ -113,7 +113,7 @@ class Launch(NamedTuple):
 def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -> Launch:
     """The launch for this kind of steps, whatever device its tensors are on."""
     s = check_step(step, recipe)
-    _check(step)
+    check_arguments(step)
     tokens = step.tokens
     one_token = step.cu_seqlens is None and s.N == s.B
     _, key_heads = s.key_heads(recipe)
@@ -121,11 +121,11 @@ def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -
     if tile is None:
         state = step.states.recurrent.dtype
         tile = table_tile(tokens.q.device, items, s.DV, state) if one_token else tiles.whole_head(s.DV)
-    layout = _layout(s, step, recipe, tile, strided=items > max_programs, pairs=one_token)
+    layout = layout_of(s, step, recipe, tile, strided=items > max_programs, pairs=one_token)
     if not one_token and layout.TILES > 1:
         raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     kernel = decode_token if one_token else decode_tokens
-    return Launch(kernel, _numbers(s, step, items), layout, _options(tile), (min(items, max_programs), 1, 1))
+    return Launch(kernel, numbers_of(s, step, items), layout, _options(tile), (min(items, max_programs), 1, 1))
 
 
 def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
@@ -133,7 +133,7 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
     tokens, states, weights = step.tokens, step.states, step.weights
     device, dtype = tokens.v.device, tokens.v.dtype
     shape = tokens.v.shape[0], recipe.heads[1] * tokens.v.shape[3]
-    kernel, numbers, layout, options, grid = describe(step, recipe, tile, _max_programs(device))
+    kernel, numbers, layout, options, grid = describe(step, recipe, tile, max_programs_on(device))
     if INTERPRETED:
         return partial(_interpret, kernel[grid], numbers, layout, options, shape)
     arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *numbers, layout)
@@ -179,7 +179,7 @@ def places_of(step: Step) -> list[tuple[int, int]]:
     return [(index[x.untyped_storage()._cdata], x.storage_offset() * x.element_size()) for x in tokens]
 
 
-def _check(step: Step) -> None:
+def check_arguments(step: Step) -> None:
     """What this backend asks beyond the op's own rules."""
     recurrent, weights = step.states.recurrent, step.weights
     if any(x.dtype == torch.float64 for x in (*step.sources, *step.states, *weights)):
@@ -193,7 +193,7 @@ def _check(step: Step) -> None:
             raise UnsupportedStep(f"{name}: got stride {x.stride(0)}, expected 1")
 
 
-def _layout(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool, pairs: bool) -> Layout:
+def layout_of(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bool, pairs: bool) -> Layout:
     q, k, v, z, b, a = step.tokens
     states, weights = step.states, step.weights
     low, key_heads = s.key_heads(recipe)
@@ -255,7 +255,7 @@ def _paired(states: Tensor) -> bool:
     return pairs and all(stride % 2 == 0 for stride in states.stride()[:3])
 
 
-def _numbers(s: StepShapes, step: Step, items: int) -> tuple[int, ...]:
+def numbers_of(s: StepShapes, step: Step, items: int) -> tuple[int, ...]:
     """The kernel's runtime integers: sizes of the work, strides between tokens and between sequences."""
     conv, recurrent = step.states
     strides = [x.stride(0) for x in step.tokens]
@@ -270,7 +270,7 @@ def _options(tile: Tile) -> dict[str, Any]:
     return options
 
 
-def _max_programs(device: torch.device) -> int:
+def max_programs_on(device: torch.device) -> int:
     if INTERPRETED:
         return INTERPRETED_PROGRAMS
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
