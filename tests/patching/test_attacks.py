@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import LINEAR, PROMPT, build, cache_tensors, forward, generate, linear_layers
+from tolerances import FLOAT32_MODEL, relative_rms
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -290,7 +291,7 @@ def test_memory_that_is_not_what_a_tensor_says(what: str) -> None:
     expected = decode(build("qwen3_5"))
     model = build("qwen3_5")
     qf.patch(model, backend="triton")
-    assert all(map(torch.equal, decode(model), expected))
+    assert max(map(relative_rms, decode(model), expected)) <= FLOAT32_MODEL
     assert qf.status(model).fallbacks["a step that the backend does not compute"] == LINEAR
     assert "got a lazily negated tensor" in str(qf.status(model))
 
