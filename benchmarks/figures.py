@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/tensor-parallel.md", "docs/deferred-state.md")
 BEGIN, END = "<!-- figures: {} -->", "<!-- /figures -->"
 BLOCKS: dict[str, Callable[[], str]] = {
-    "captured": tables.captured,
-    "tokens": tables.tokens,
+    "models": tables.models,
+    "first tokens": tables.first_tokens,
     "device time": tables.device_time,
     "step": tables.step,
     "cpu": tables.cpu,

@@ -10,31 +10,42 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chart import bars
+from benchmarks.chart import COLORS, bars
 from benchmarks.markdown import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
-    "gpu": "h100-2026-11-24",  # generate.json and speed.json: one machine, one kernel
-    "graph": "h100-2026-11-26-graph",  # graph.json
+    "models": "h100-2026-11-26-models",  # generate-*.json
+    "step": "h100-2026-11-24",  # speed.json
     "ranks": "h100x2-2026-11-24",
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
     "deferred": "h100-2026-11-26-deferred",  # deferred-op.json and deferred-models.json
 }
-ALONE, INSTALLED = "PyTorch", "installed"  # what upstream was to run: its own PyTorch code, or other packages' kernels
 MODELS = {
-    "qwen3_5, hidden 2560, 32 layers": "dense, Qwen3.5-4B's shape",
-    "qwen3_5, hidden 2560, 4 layers": "dense, Qwen3.5-4B's shape, 4 of 32 layers",
-    "qwen3_next, hidden 2048, 8 of 48 layers": "experts, Qwen3-Next's shape, 8 of 48 layers",
-    "qwen3_next, hidden 2048, 48 layers": "experts, Qwen3-Next's shape",
+    "qwen3_5, hidden 2560, 32 layers": "dense: Qwen3.5-4B's shape",
+    "qwen3_next, hidden 2048, 8 of 48 layers": "experts: 8 of Qwen3-Next's 48 layers",
 }
-CAPTURED_PROMPT = 16  # tokens; longer ones are in docs/cuda-graph.md
+SIDES = {
+    "eager": "Transformers",
+    "fla": "Transformers + flash-linear-attention",
+    "patched": "patched",
+    "cuda_graph": "patched, cuda_graph=True",
+    "compiled": "Transformers, compiled",
+    "patched_compiled": "patched, compiled",
+}
+SHORT = {"eager": "Transformers", "fla": "with fla", "compiled": "Transformers, compiled"}
+COMPARED = {"patched": ("eager", "fla"), "cuda_graph": ("eager", "fla"), "patched_compiled": ("compiled",)}
 Rows = list[dict[str, Any]]
+Cells = dict[tuple[str, int], float]  # of a side and batch
+
+
+def _folder(source: str) -> Path:
+    return RESULTS / SOURCES[source]
 
 
 def load(source: str, name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / SOURCES[source] / name).read_text(encoding="utf-8"))
+    return json.loads((_folder(source) / name).read_text(encoding="utf-8"))
 
 
 def times(ratio: float) -> str:
@@ -51,104 +62,92 @@ def machine(of: dict[str, Any], *others: str) -> str:
     return ", ".join(parts)
 
 
-def subjects(rows: Rows) -> list[tuple[str, str]]:
-    """(model, mode) pairs, in order."""
-    return list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
+def whole_models() -> tuple[dict[str, Any], Rows]:
+    """The machine, and the rows of all whole models that have figures; `error` rows have none.
+
+    Raises FileNotFoundError where there are no results, and ValueError where they are of several machines.
+    """
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(_folder("models").glob("generate-*.json"))]
+    if not files:
+        raise FileNotFoundError(f"{_folder('models')} holds no generate-*.json")
+    of = {key: ", ".join(dict.fromkeys(file["machine"][key] for file in files)) for key in files[0]["machine"]}
+    if any(file["machine"]["device"] != of["device"] for file in files):
+        raise ValueError(f"{_folder('models')}: one table cannot be of {of['device']}")
+    return of, [row for file in files for row in file["results"] if "error" not in row]
 
 
-def tokens() -> str:
-    """Tokens a second of whole models: the patched model's, and how many times each unpatched side's."""
-    data = load("gpu", "generate.json")
-    rows: Rows = data["results"]
+def _by_side(rows: Rows, figure: str) -> dict[str, Cells]:
+    """The models, each with a figure of every (side, batch)."""
+    found: dict[str, Cells] = {}
+    for row in rows:
+        if row[figure] is not None:
+            found.setdefault(MODELS[row["model"]], {})[row["side"], row["batch"]] = row[figure]
+    return found
+
+
+def _sides_by_batch(
+    head: str, rows: Rows, figure: str, sides: dict[str, str], compared: dict[str, tuple[str, ...]]
+) -> str:
+    """A heading a model, then a row a side that has figures; below it, how many times those of `compared` it is."""
     batches = sorted({row["batch"] for row in rows})
     lines = []
-    for model, mode in subjects(rows):
-        cells = {(row["asked"], row["batch"]): row for row in rows if (row["model"], row["mode"]) == (model, mode)}
-        patched = [cells.get((ALONE, batch)) for batch in batches]
-        name = f"{MODELS.get(model, model)}; {mode}"
-        lines.append([f"**{name}**", *(f"**{amount(row['after'])}**" if row else "" for row in patched)])
-        same = all(row["kernels"] == ALONE for row in cells.values())
-        for asked, words in {
-            ALONE: "times Transformers alone",
-            INSTALLED: "the same, measured again" if same else "times Transformers with flash-linear-attention",
-        }.items():
-            of = [cells.get((asked, batch)) for batch in batches]
-            if any(of):
-                lines.append([f"... {words}", *(times(row["after"] / row["before"]) if row else "" for row in of)])
-    head = ["tokens per second, patched (more is better)", *(f"batch {batch}" for batch in batches)]
-    return f"{table(head, lines)}\n\n{_caption(data['machine'])}"
+    for model, cells in _by_side(rows, figure).items():
+        lines.append([f"**{model}**", *("" for _ in batches)])
+        for side, name in sides.items():
+            if not any((side, batch) in cells for batch in batches):
+                continue
+            lines.append([name, *(amount(cells[side, b]) if (side, b) in cells else "" for b in batches)])
+            against = [other for other in compared.get(side, ()) if any((other, batch) in cells for batch in batches)]
+            if against:
+                ratios = (_times_each(cells, side, against, batch) for batch in batches)
+                lines.append([f"... times {' / '.join(SHORT[other] for other in against)}", *ratios])
+    return table([head, *(f"batch {batch}" for batch in batches)], lines)
 
 
-def _caption(of: dict[str, Any]) -> str:
-    return (
-        f"{machine(of)}, flash-linear-attention {of['flash-linear-attention']}; bfloat16, random weights; code of "
-        f"{of['date']} ({of['revision']}). A ratio below 1 means that the patched model was slower."
-    )
+def _times_each(cells: Cells, side: str, others: list[str], batch: int) -> str:
+    """Of the others that were measured at this batch; a dash where one was not."""
+    if (side, batch) not in cells:
+        return ""
+    found = (cells.get((other, batch)) for other in others)
+    ratios = (cells[side, batch] / value if value else None for value in found)
+    return " / ".join("-" if x is None else f"{x:.2f}" if x < 10 else f"{x:.1f}" for x in ratios)
 
 
-def captured() -> str:
-    """Tokens a second inside `generate`: Transformers alone, patched, and patched with cuda_graph=True."""
-    data = load("graph", "graph.json")
-    rows = {
-        (row["model"], row["batch"]): row["ms a token"]
-        for row in data["results"]
-        if row.get("prompt") == CAPTURED_PROMPT and "eager" in row.get("ms a token", {})
-    }
-    batches = sorted({batch for _, batch in rows})
-    sides = {"eager": "Transformers alone", "patched": "patched", "cuda_graph": "**patched, cuda_graph=True**"}
+def models() -> str:
+    """Tokens a second of whole models, of every side."""
+    of, rows = whole_models()
+    text = _sides_by_batch("tokens per second (more is better)", rows, "tokens_per_s", SIDES, COMPARED)
+    (prompt,) = {row["prompt"] for row in rows}
+    note = f"{machine(of)}, flash-linear-attention (fla) {of['flash-linear-attention']}; bfloat16, random weights, "
+    note += f"prompts of {prompt} tokens; code of {of['date']} ({of['revision']})."
+    return f"{text}\n\n{note}"
+
+
+def first_tokens() -> str:
+    """How long the first call takes: patching, compiling and capturing are in it."""
+    _, rows = whole_models()
+    sides = {side: name for side, name in SIDES.items() if any(row["side"] == side for row in rows)}
+    batches = sorted({row["batch"] for row in rows})
     lines = []
-    for model in dict.fromkeys(model for model, _ in rows):
-        cells = [rows.get((model, batch)) for batch in batches]
-        lines.append([f"**{MODELS.get(model, model)}**", *("" for _ in batches)])
-        for side, words in sides.items():
-            lines.append(
-                [
-                    f"... {words}",
-                    *(amount(b * 1000 / ms[side]) if ms else "" for b, ms in zip(batches, cells, strict=True)),
-                ]
-            )
-        lines.append(
-            ["... times Transformers alone", *(times(ms["eager"] / ms["cuda_graph"]) if ms else "" for ms in cells)]
-        )
-    head = ["tokens per second (more is better)", *(f"batch {batch}" for batch in batches)]
-    of = data["machine"]
-    caption = (
-        f"{machine(of)}, flash-linear-attention {of['flash-linear-attention']}; bfloat16, random weights, prompts of "
-        f"{CAPTURED_PROMPT} tokens; code of {of['date']} ({of['revision']})."
-    )
-    return f"{table(head, lines)}\n\n{caption}"
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines.append([f"**{MODELS[model]}**", *("" for _ in batches)])
+        for side, name in sides.items():
+            of = {row["batch"]: row for row in rows if (row["model"], row["side"]) == (model, side)}
+            cells = (f"{of[b]['first_s']:.2f} / {of[b]['hundredth_s']:.1f}" if b in of else "" for b in batches)
+            lines.append([name, *cells])
+    head = ["first / hundredth token, s (less is better)", *(f"batch {batch}" for batch in batches)]
+    return table(head, lines)
 
 
 def device_time() -> str:
-    """What the GPU itself has to do for one decode step of a whole model."""
-    data = load("gpu", "generate.json")
-    rows: Rows = [row for row in data["results"] if row.get("device_ms_before")]
-    batches = sorted({row["batch"] for row in rows})
-    lines = []
-    for model, mode in subjects(rows):
-        for asked in (ALONE, INSTALLED):
-            cells = {
-                row["batch"]: row
-                for row in rows
-                if (row["model"], row["mode"], row["asked"]) == (model, mode, asked)
-                and (asked == ALONE or row["kernels"] != ALONE)
-            }
-            if cells:
-                upstream = "Transformers alone" if asked == ALONE else "with flash-linear-attention"
-                values = [
-                    f"{row['device_ms_before']:.3g} to {row['device_ms_after']:.3g} "
-                    f"({times(row['device_ms_before'] / row['device_ms_after'])})"
-                    if (row := cells.get(batch))
-                    else ""
-                    for batch in batches
-                ]
-                lines.append([f"{MODELS.get(model, model)}; {mode}; {upstream}", *values])
-    return table(["GPU time of a step, ms (less is better)", *(f"batch {batch}" for batch in batches)], lines)
+    """What the GPU itself has to do for one token of every sequence."""
+    _, rows = whole_models()
+    return _sides_by_batch("GPU time of a token, ms (less is better)", rows, "device_ms", SIDES, {})
 
 
 def step() -> str:
     """One gated DeltaNet step, by CUDA graph and as an eager call."""
-    data = load("gpu", "speed.json")
+    data = load("step", "speed.json")
     rows: Rows = [row for row in data["results"]["rows"] if row["HV"] == 32 and row["state"] == "float32"]
     lines = []
     for row in rows:
@@ -281,20 +280,16 @@ def deferred_steps() -> str:
 
 
 def chart() -> str:
-    """Tokens a second of eager decoding, as an SVG: one group of bars a model and batch."""
-    rows: Rows = [row for row in load("gpu", "generate.json")["results"] if row["mode"] == "eager"]
-    groups = []
-    for model, _ in subjects(rows):
-        for batch in sorted({row["batch"] for row in rows if row["model"] == model}):
-            of = {row["asked"]: row for row in rows if (row["model"], row["batch"]) == (model, batch)}
-            groups.append((MODELS.get(model, model), f"batch {batch}", _sides(of)))
-    title = "tokens per second, as a multiple of Transformers alone (more is better)"
-    return bars(title, groups, machine(load("gpu", "generate.json")["machine"]) + ", eager")
+    """Tokens a second as an SVG: a column a model, a group of bars a batch, a bar a side."""
+    of, rows = whole_models()
+    columns = []
+    for model, cells in _by_side(rows, "tokens_per_s").items():
+        batches = sorted(batch for side, batch in cells if side == "eager")
+        columns.append((model, [(f"batch {batch}", _multiples(cells, batch)) for batch in batches]))
+    return bars("tokens per second, as a multiple of Transformers alone (more is better)", columns, machine(of))
 
 
-def _sides(of: dict[str, dict[str, Any]]) -> dict[str, float]:
-    base = of[ALONE]["before"]
-    found = {"Transformers": 1.0, "patched": of[ALONE]["after"] / base}
-    if INSTALLED in of:
-        found["Transformers with flash-linear-attention"] = of[INSTALLED]["before"] / base
-    return found
+def _multiples(cells: Cells, batch: int) -> dict[str, float]:
+    """Of the sides that the chart has a color for."""
+    drawn = {side: name for side, name in SIDES.items() if name in COLORS and (side, batch) in cells}
+    return {name: cells[side, batch] / cells["eager", batch] for side, name in drawn.items()}

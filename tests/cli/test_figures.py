@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -42,20 +43,57 @@ def with_another_figure(text: str) -> str:
     return head + begin + changed
 
 
-def test_what_was_not_measured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tables.load("gpu", "generate.json")
+MODEL = "qwen3_5, hidden 2560, 32 layers"
+
+
+def measured(side: str, batch: int, tokens_per_s: float) -> dict[str, object]:
+    figures = {"tokens_per_s": tokens_per_s, "first_s": 0.5, "hundredth_s": 2.0, "device_ms": 3.0}
+    return {"model": MODEL, "side": side, "batch": batch, "prompt": 16, **figures}
+
+
+@pytest.fixture
+def whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of two batches, of which one has no flash-linear-attention, and none has compiled models."""
+    machine = {"device": "A GPU, 8 GiB", "torch": "2", "transformers": "5", "flash-linear-attention": "0"}
     rows = [
-        row for row in whole["results"] if row["mode"] == "eager" and row["batch"] != 32 and row["asked"] == "PyTorch"
+        measured("cuda_graph", 8, 800),
+        measured("eager", 8, 100),
+        measured("eager", 1, 10),
+        measured("fla", 1, 20),
+        {"model": MODEL, "side": "fla", "batch": 8, "prompt": 16, "error": "out of memory"},
+        measured("cuda_graph", 1, 60),
+        {"model": MODEL, "side": "compiled", "batch": 1, "prompt": 16, "error": "a reason"},
     ]
-    monkeypatch.setattr(tables, "load", lambda *_: {**whole, "results": rows})
-    table = " ".join(tables.tokens().split())
-    assert "batch 32" not in table
-    assert "compiled" not in table
-    assert "times Transformers with" not in table
-    assert "| ... times Transformers alone | 1.29x | 1.69x |" in table
+    folder = tmp_path / tables.SOURCES["models"]
+    folder.mkdir()
+    file = {"machine": {**machine, "date": "today", "revision": "abc"}, "results": rows}
+    (folder / "generate-dense.json").write_text(json.dumps(file), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["<!-- figures: nonsense -->\n<!-- /figures -->", "<!-- figures: tokens -->\n"])
+@pytest.mark.usefixtures("whole_models")
+def test_a_table_of_sides_says_how_many_times_and_leaves_out_what_was_not_measured() -> None:
+    lines = [" ".join(line.split()) for line in tables.models().splitlines()]
+    assert lines[:1] + lines[2:7] == [
+        "| tokens per second (more is better) | batch 1 | batch 8 |",
+        "| **dense: Qwen3.5-4B's shape** | | |",
+        "| Transformers | 10 | 100 |",
+        "| Transformers + flash-linear-attention | 20 | |",
+        "| patched, cuda_graph=True | 60 | 800 |",
+        "| ... times Transformers / with fla | 6.00 / 3.00 | 8.00 / - |",
+    ]
+    assert lines[7] == ""  # no row for compiled models
+    assert "| Transformers | 0.50 / 2.0 | 0.50 / 2.0 |" in " ".join(tables.first_tokens().split())
+
+
+@pytest.mark.usefixtures("whole_models")
+def test_the_chart_has_a_bar_for_what_was_measured_alone() -> None:
+    drawn = [text.text for text in ElementTree.fromstring(tables.chart()).iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in drawn if text and text.endswith("x")] == ["1.00x", "2.00x", "6.00x", "1.00x", "8.00x"]
+    assert "Transformers, compiled" not in drawn
+
+
+@pytest.mark.parametrize("text", ["<!-- figures: nonsense -->\n<!-- /figures -->", "<!-- figures: models -->\n"])
 def test_a_block_without_a_meaning_or_an_end_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a document: no block"):
         figures.filled(text, "a document")
