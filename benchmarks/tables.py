@@ -16,7 +16,7 @@ from benchmarks.markdown import table
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
     "models": "h100-2026-11-26-models",  # generate-*.json
-    "step": "h100-2026-11-24",  # speed.json
+    "step": "h100-2026-11-26-step",  # speed.json
     "ranks": "h100x2-2026-11-24",
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
@@ -62,18 +62,28 @@ def machine(of: dict[str, Any], *others: str) -> str:
     return ", ".join(parts)
 
 
+def _code(of: dict[str, Any]) -> str:
+    """Which code was measured: a revision may have had changes, the kernel's hash says what was compiled."""
+    return f"code of {of['date']}, kernel {of['kernel']}"
+
+
 def whole_models() -> tuple[dict[str, Any], Rows]:
     """The machine, and the rows of all whole models that have figures; `error` rows have none.
 
     Raises FileNotFoundError where there are no results, and ValueError where they are of several machines.
     """
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(_folder("models").glob("generate-*.json"))]
-    if not files:
+    paths = sorted(_folder("models").glob("generate-*.json"))
+    if not paths:
         raise FileNotFoundError(f"{_folder('models')} holds no generate-*.json")
-    of = {key: ", ".join(dict.fromkeys(file["machine"][key] for file in files)) for key in files[0]["machine"]}
-    if any(file["machine"]["device"] != of["device"] for file in files):
+    files = {path.stem.removeprefix("generate-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    of = {}
+    for key in next(iter(files.values()))["machine"]:
+        values = {name: file["machine"][key] for name, file in files.items()}
+        alike = len({*values.values()}) == 1
+        of[key] = next(iter(values.values())) if alike else " and ".join(f"{v} ({name})" for name, v in values.items())
+    if any(file["machine"]["device"] != of["device"] for file in files.values()):
         raise ValueError(f"{_folder('models')}: one table cannot be of {of['device']}")
-    return of, [row for file in files for row in file["results"] if "error" not in row]
+    return of, [row for file in files.values() for row in file["results"] if "error" not in row]
 
 
 def _by_side(rows: Rows, figure: str) -> dict[str, Cells]:
@@ -119,7 +129,7 @@ def models() -> str:
     text = _sides_by_batch("tokens per second (more is better)", rows, "tokens_per_s", SIDES, COMPARED)
     (prompt,) = {row["prompt"] for row in rows}
     note = f"{machine(of)}, flash-linear-attention (fla) {of['flash-linear-attention']}; bfloat16, random weights, "
-    note += f"prompts of {prompt} tokens; code of {of['date']} ({of['revision']})."
+    note += f"prompts of {prompt} tokens; {_code(of)}."
     return f"{text}\n\n{note}"
 
 
@@ -146,28 +156,21 @@ def device_time() -> str:
 
 
 def step() -> str:
-    """One gated DeltaNet step, by CUDA graph and as an eager call."""
+    """One gated DeltaNet step, by CUDA graph and as an eager call, beside what was measured in the same run."""
     data = load("step", "speed.json")
     rows: Rows = [row for row in data["results"]["rows"] if row["HV"] == 32 and row["state"] == "float32"]
+    others = {"upstream, PyTorch": "faster than Transformers", "upstream, installed kernels": "... with fla"}
+    others = {name: words for name, words in others.items() if any(name in row["graph_us"] for row in rows)}
     lines = []
     for row in rows:
         graph, eager = row["graph_us"], row["eager_us"]
-        lines.append(
-            [
-                str(row["batch"]),
-                amount(graph["ours"]),
-                *(_over(graph, name) for name in ("upstream, PyTorch", "upstream, installed kernels")),
-                times(graph["ours"] / row["floor_us"]),
-                amount(eager["ours"]),
-                *(_over(eager, name) for name in ("upstream, PyTorch", "upstream, installed kernels")),
-            ]
-        )
-    head = ["batch", "graph, us", "faster than Transformers", "... with fla", "of the floor (less is better)"]
-    head += ["eager, us", "faster than Transformers", "... with fla"]
+        line = [str(row["batch"]), amount(graph["ours"]), *(_over(graph, name) for name in others)]
+        line += [times(graph["ours"] / row["floor_us"]), amount(eager["ours"])]
+        lines.append([*line, *(_over(eager, name) for name in others)])
+    head = ["batch", "graph, us", *others.values(), "of the floor (less is better)", "eager, us", *others.values()]
     bandwidth = data["results"]["copy_bandwidth"] / 1e12
     of = data["machine"]
-    note = f"{machine(of, 'triton')}, flash-linear-attention (fla) {of['flash-linear-attention']}; code of "
-    note += f"{of['date']} ({of['revision']}). The copy that sets the floor moves {bandwidth:.2f} TB/s."
+    note = f"{machine(of, 'triton')}; {_code(of)}. The copy that sets the floor moves {bandwidth:.2f} TB/s."
     return f"{table(head, lines)}\n\n{note}"
 
 
