@@ -6,6 +6,7 @@ state.py        which models want it, and what one remembers between calls: coun
 call.py         one call of `generate`: when it captures, replays, compares, and goes back to eager
 caches.py       Transformers' dynamic cache made into one with fixed addresses that grows in steps, and back
 capture.py      the CUDA graph, its memory, its static inputs and outputs
+norms.py        plain RMSNorms of a step that is recorded: one kernel each, with upstream's bits
 fingerprint.py  what must be as it was when a graph was captured
 tally.py        replayed layer-steps count as fast steps
 eligible.py     why a call stays eager, asked before anything is done
