@@ -22,7 +22,7 @@ def test_what_is_committed_is_what_the_results_say() -> None:
 def test_a_changed_figure_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("README.md", "docs/performance.md", "docs/tensor-parallel.md", "docs/tokens.svg")
+    names = (*figures.DOCUMENTS, "docs/tokens.svg")
     for name in names:
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     folder = tmp_path / tables.SOURCES["models"]
     folder.mkdir()
-    file = {"machine": {**machine, "date": "today", "revision": "abc"}, "results": rows}
+    file = {"machine": {**machine, "date": "today", "kernel": "abc"}, "results": rows}
     (folder / "generate-dense.json").write_text(json.dumps(file), encoding="utf-8")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
