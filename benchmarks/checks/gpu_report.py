@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +36,20 @@ def write_section(folder: str, name: str, results: Any) -> None:
     """One section's results, with the machine that they are of, as `folder`/`name`.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{name}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+
+
+class Notebook:
+    """Takes down rows: each is printed, and written as a section with all before it, so that a run may be cut short."""
+
+    def __init__(self, folder: str, name: str):
+        self.rows: list[dict[str, Any]] = []
+        self._folder, self._name = folder, name
+        self._begun = time.perf_counter()
+
+    def note(self, row: dict[str, Any]) -> None:
+        self.rows.append({**row, "at s": round(time.perf_counter() - self._begun, 1)})
+        print(self.rows[-1], flush=True)
+        write_section(self._folder, self._name, self.rows)
 
 
 @cache

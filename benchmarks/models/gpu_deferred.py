@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from typing import Any
 
 import torch
 
 import qwen_fastdecode
-from benchmarks.checks.gpu_report import write_section
+from benchmarks.checks.gpu_report import Notebook
 from benchmarks.models.gpu_graph import prompts
 from benchmarks.models.gpu_models import build, dense
 from benchmarks.op.gpu_layers import release_memory
@@ -104,25 +103,19 @@ def main() -> int:
     tiny = parser.parse_args().dry_run
     out = parser.parse_args().out
     device = torch.device("cpu" if tiny else "cuda")
-    rows: list[Row] = []
-    begun = time.perf_counter()
-
-    def note(row: Row) -> None:
-        rows.append({**row, "at s": round(time.perf_counter() - begun, 1)})
-        print(rows[-1], flush=True)
-        write_section(out, "deferred-models", rows)
+    notes = Notebook(out, "deferred-models")
 
     with torch.no_grad():
-        note(same_tokens(device, tiny))
+        notes.note(same_tokens(device, tiny))
         release_memory(device)
         model = build(dense(4 if tiny else 32, tiny), device, torch.bfloat16)
         for batch in (2,) if tiny else BATCHES:
             row = speeds(model, batch, SIDES, 1 if tiny else 2, tiny)
-            note({**row, "gain": gains(row)})
+            notes.note({**row, "gain": gains(row)})
             release_memory(device)
         for batch in (2,) if tiny else BATCHES[:2]:
             row = speeds(model, batch, NARROW, 1 if tiny else 2, tiny)
-            note({**row, "gain": gains(row)})
+            notes.note({**row, "gain": gains(row)})
             release_memory(device)
     return 0
 

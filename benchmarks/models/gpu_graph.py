@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import qwen_fastdecode
-from benchmarks.checks.gpu_report import write_section
+from benchmarks.checks.gpu_report import Notebook
 from benchmarks.models.gpu_models import ModelShape, build, dense, experts
 from benchmarks.models.sides import SIDES, Side, prompts
 from benchmarks.op.gpu_layers import release_memory
@@ -189,23 +189,17 @@ def main() -> int:
     arguments = parser.parse_args()
     tiny = arguments.dry_run
     device = torch.device("cpu" if tiny else "cuda")
-    rows: list[Row] = []
-    begun = time.perf_counter()
-
-    def note(row: Row) -> None:
-        rows.append({**row, "at s": round(time.perf_counter() - begun, 1)})
-        print(rows[-1], flush=True)
-        write_section(arguments.out, "graph", rows)
+    notes = Notebook(arguments.out, "graph")
 
     wanted = arguments.sections.split(",")
     with torch.no_grad():
         if "failures" in wanted and not tiny:
-            note(failures(device))
+            notes.note(failures(device))
         if {"dense", "long"} & {*wanted}:
-            _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 128), device, wanted, note)
+            _run(dense(4 if tiny else 32, tiny), (1, 2) if tiny else (1, 128), device, wanted, notes.note)
         if "experts" in wanted:
-            _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 32), device, ["experts"], note)
-    return 1 if any(row.get("errors") for row in rows) else 0
+            _run(experts(4 if tiny else 8, tiny), (1,) if tiny else (1, 32), device, ["experts"], notes.note)
+    return 1 if any(row.get("errors") for row in notes.rows) else 0
 
 
 def _run(shape: ModelShape, batches: tuple[int, ...], device: torch.device, wanted: Any, note: Any) -> None:

@@ -49,9 +49,9 @@ class Replay:
 def device_us(run: Call, device: torch.device) -> float:
     """Median microseconds of one `run` on the device's own clock."""
     synchronise(device)
-    times = [_one(run, device)]
+    times = [once_us(run, device)]
     for _ in range(_repeats(times[0])):
-        times.append(_one(run, device))
+        times.append(once_us(run, device))
     return statistics.median(times[1:])
 
 
@@ -101,7 +101,8 @@ def _repeats(first_us: float) -> int:
     return max(fewest, min(most, int(1e6 * BUDGET_S / max(first_us, 1.0))))
 
 
-def _one(run: Call, device: torch.device) -> float:
+def once_us(run: Call, device: torch.device) -> float:
+    """Microseconds of one `run` on the device's own clock."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.checks.gpu_report import write_section
-from benchmarks.op.gpu_clock import Replay, copy_bandwidth, synchronise
+from benchmarks.checks.gpu_report import Notebook
+from benchmarks.op.gpu_clock import Replay, copy_bandwidth, once_us, synchronise
 from benchmarks.op.gpu_layers import release_memory
 from benchmarks.op.gpu_step import Shape, Step, pick, picked, random_step
 from qwen_fastdecode.ops import step as op
@@ -129,21 +128,8 @@ def phases(calls: list[Callable[[], Tensor]], N: int, device: torch.device) -> l
     replay = Replay(calls, device)
     times = []
     for _ in range(N * (PERIODS + 1) if N > 1 else 3 * PERIODS):
-        times.append(_timed(replay, device) / len(calls))
+        times.append(once_us(replay, device) / len(calls))
     return [statistics.median(times[N + phase :: N]) for phase in range(N)]
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1e6 * (time.perf_counter() - start)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
 
 
 def main() -> int:
@@ -153,25 +139,17 @@ def main() -> int:
     arguments = parser.parse_args()
     tiny = arguments.dry_run
     device = torch.device("cpu" if tiny else "cuda")
-    rows: list[Row] = []
-
-    def note(row: Row) -> None:
-        rows.append(row)
-        print(
-            {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()},
-            flush=True,
-        )
-        write_section(arguments.out, "deferred-op", rows)
+    notes = Notebook(arguments.out, "deferred-op")
 
     with torch.no_grad():
         for row in errors(device, tiny):
-            note(row)
-        wrong = [row for row in rows if not row["right"]]
+            notes.note(row)
+        wrong = [row for row in notes.rows if not row["right"]]
         bandwidth = copy_bandwidth(device)
-        note({"copy TB/s": bandwidth / 1e12})
+        notes.note({"copy TB/s": bandwidth / 1e12})
         for dtype in DTYPES:
             for batch in (2,) if tiny else BATCHES:
-                note(speed(batch, dtype, bandwidth, device, tiny))
+                notes.note(speed(batch, dtype, bandwidth, device, tiny))
                 synchronise(device)
                 release_memory(device)
     print(f"WRONG: {wrong}" if wrong else f"errors: at most {MOST} of those of two passes, everywhere")

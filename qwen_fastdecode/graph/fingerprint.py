@@ -55,17 +55,12 @@ class Fingerprint:
             [*map(id, chain.from_iterable(map(dict.values, self._children)))],
             [*map(tuple, self._hooks)],
             [kept["training"] for kept in self._own],
-            [*map(_forward, self._own)],
+            # One that stands there while another thread records a step of this model is no change.
+            [None if type(own := kept.get("forward")) is StandIn else own for kept in self._own],
             [id(vars(layer).get(PLAN)) for layer, _ in self._layers],
             [plan.holds_for(layer) for layer, plan in self._layers],
             [_adapter(kept) for kept in self._adapters],
         )
-
-
-def _forward(kept: dict[str, Any]) -> Any:
-    """A module's own forward; not one that stands there while another thread records a step of the same model."""
-    own = kept.get("forward")
-    return None if type(own) is StandIn else own
 
 
 def _adapter(kept: dict[str, Any]) -> list[str]:

@@ -15,8 +15,23 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from qwen_fastdecode import graph
 from qwen_fastdecode.graph import norms
+from qwen_fastdecode.report import GraphStatus
 
 pytestmark = pytest.mark.usefixtures(stand_in.__name__)
+
+
+def counts(model: torch.nn.Module) -> GraphStatus:
+    found = graph.describe(model)
+    assert found is not None
+    return found
+
+
+def as_upstream_says(model: Any) -> GraphStatus:
+    """Captures, and expects the tokens of before."""
+    expected = generate(model, 24)
+    captured(model)
+    assert torch.equal(generate(model, 24), expected)
+    return counts(model)
 
 
 def plain_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -26,11 +41,7 @@ def plain_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next", "qwen3_5_moe", "qwen3_5 with vision"])
 def test_every_norm_is_stood_in_for_while_a_step_is_recorded_and_only_then(family: str) -> None:
     model = build(family)
-    expected = generate(model, 24)
-    captured(model)
-    assert torch.equal(generate(model, 24), expected)
-    found = graph.describe(model)
-    assert found is not None
+    found = as_upstream_says(model)
     # In PyTorch's order on a CPU, which is not the one that one kernel adds in.
     assert (found.norms, found.norms_in_three, found.norms_left) == (0, len(plain_norms(model)), {})
     assert found.worst == 0.0
@@ -58,11 +69,7 @@ def test_norms_that_compute_something_else_are_upstreams(
     model = build("qwen3_5")
     for norm in plain_norms(model):
         norm.eps = 0.5
-    expected = generate(model, 24)
-    captured(model)
-    assert torch.equal(generate(model, 24), expected)
-    found = graph.describe(model)
-    assert found is not None
+    found = as_upstream_says(model)
     assert (found.norms_in_three, found.norms_left) == (0, {norms.DIFFERS: len(plain_norms(model))})
 
 
@@ -78,8 +85,7 @@ def test_a_class_that_somebody_wrapped_keeps_what_he_put_there(name: str, monkey
     model = build("qwen3_5")
     captured(model)
     generate(model, 24)
-    found = graph.describe(model)
-    assert found is not None
+    found = counts(model)
     assert (found.captures, found.norms_in_three, found.norms_left) == (1, 0, {})
     eager_steps, recorded = 3, 1  # the prompt, the first step, and the one that the replay is compared with
     assert len(seen) == len(plain_norms(model)) * (eager_steps + recorded)
@@ -91,11 +97,7 @@ def test_a_norm_with_a_forward_or_an_epsilon_of_its_own() -> None:
     own = mine.forward
     mine.forward = lambda x: 2 * own(x)
     other.eps = 0.5
-    expected = generate(model, 24)
-    captured(model)
-    assert torch.equal(generate(model, 24), expected)
-    found = graph.describe(model)
-    assert found is not None
+    found = as_upstream_says(model)
     assert found.norms_in_three == len(plain_norms(model)) - 1
     assert vars(mine)["forward"](torch.ones(1, 1, 32)).equal(2 * own(torch.ones(1, 1, 32)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from cuda_graph_stand_in import stand_in
 from models import LINEAR, PROMPT, build, cache_tensors, generate
 from small_rings import small_rings
-from test_cuda_graph import Meddler
+from test_cuda_graph import ENDS, Meddler
 from tolerances import DRIFT, relative_rms
 from transformers import LogitsProcessorList
 
@@ -130,12 +129,6 @@ def test_who_reads_at_every_step_sees_the_truth_and_replays_go_on() -> None:
         seen.append(found)
     assert len(seen[0]) == 18 * LINEAR
     assert all(relative_rms(mine, theirs) < DRIFT for theirs, mine in zip(*seen, strict=True))
-
-
-ENDS: dict[str, Callable[[Any], Any]] = {
-    "switched off by QWEN_FASTDECODE=0": lambda model: os.environ.update(QWEN_FASTDECODE="0"),
-    "the patch was taken off during the call": qf.unpatch,
-}
 
 
 @pytest.mark.parametrize("reason", ENDS)
