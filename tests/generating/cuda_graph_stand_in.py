@@ -10,7 +10,7 @@ import torch
 from recorded_graph import Pool, RecordedGraph
 
 import qwen_fastdecode as qf
-from qwen_fastdecode.graph import call, capture, eligible, state
+from qwen_fastdecode.graph import call, capture, eligible, norms, state
 
 
 class Event:
@@ -27,7 +27,19 @@ class Event:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything but the graph itself is the package's own. Norms are upstream's, as Triton's interpreter would take
+    most of a test's time for them."""
+    monkeypatch.setattr(norms, "zero_centred_norm", lambda module: None)
+    yield from _capturing(monkeypatch)
+
+
+@pytest.fixture
+def stand_in_with_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything but the graph itself is the package's own."""
+    yield from _capturing(monkeypatch)
+
+
+def _capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(eligible, "device_is_supported", lambda device: True)
     monkeypatch.setattr(capture, "recorder", RecordedGraph)
     monkeypatch.setattr(state, "Pool", Pool)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
-from cuda_graph_stand_in import captured, stand_in
-from models import build, generate
+from cuda_graph_stand_in import captured, stand_in_with_norms
+from models import PROMPT, build, generate
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from qwen_fastdecode import graph
 from qwen_fastdecode.graph import norms
 from qwen_fastdecode.report import GraphStatus
+from qwen_fastdecode.upstream.norms import zero_centred_norm
 
-pytestmark = pytest.mark.usefixtures(stand_in.__name__)
+pytestmark = pytest.mark.usefixtures(stand_in_with_norms.__name__)
 
 
 def counts(model: torch.nn.Module) -> GraphStatus:
@@ -119,3 +121,25 @@ def test_the_proof_draws_no_random_numbers_of_the_users() -> None:
     expected = torch.get_rng_state()
     generate(model, 24)
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_threads_with_the_same_model() -> None:
+    """A stand-in that one thread put in a norm's place is no change to the others, and is not theirs."""
+    model = build("qwen3_5")
+    prompts = [PROMPT + i for i in range(3)]
+    expected = [generate(model, 16, prompt) for prompt in prompts]
+    captured(model)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda prompt: generate(model, 16, prompt), prompts))
+    assert all(map(torch.equal, found, expected))
+    assert (counts(model).captures, counts(model).reasons) == (3, {})
+
+
+def test_another_thread_that_trains_keeps_its_gradients() -> None:
+    norm = plain_norms(build("qwen3_5"))[0]
+    facts = zero_centred_norm(norm)
+    assert facts is not None
+    with ThreadPoolExecutor(1) as recording:
+        put_there = recording.submit(norms.StandIn, facts, norm.forward, {2: False}).result()
+    out = put_there(torch.ones(2, 1, norm.weight.numel()))
+    assert out.requires_grad  # by the weight, through upstream's operators
