@@ -253,7 +253,7 @@ def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:
     assert debt_of(layer) is None
 
 
-@pytest.mark.parametrize("between", [read, several_tokens, reset])
+@pytest.mark.parametrize("between", [read, pytest.param(several_tokens, marks=pytest.mark.slow), reset])
 def test_by_the_kernels(between: Read) -> None:
     model = build()
     logits, held = story(model, between, N + 1)
@@ -303,7 +303,9 @@ def test_every_family_says_the_same(family: str) -> None:
     assert qf.status(model).deferred_steps == 13 * len(linear_layers(model))
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"cache_implementation": "static", "disable_compile": True}, marks=pytest.mark.slow)]
+)
 def test_generating_with_the_kernels(options: dict[str, Any]) -> None:
     model = build()
     expected = generate(model, 14, **options)

@@ -50,7 +50,7 @@ class Run:
         return relative_rms(self.step.recurrent_state, self.law)
 
 
-@pytest.mark.parametrize("N", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("N", [1, *(pytest.param(N, marks=pytest.mark.slow) for N in (2, 3, 4)), 6, 8])
 def test_every_ring_at_every_cursor(N: int) -> None:
     """Settled after each number of steps: every phase of every head, by the kernel and by PyTorch in turn."""
     for steps in range(0, 2 * N + 2, 1 if N <= 4 else 3):
