@@ -66,7 +66,7 @@ def checkpoint_rows(name: str) -> dict[str, Any]:
 @contextmanager
 def by_pytorchs_ring() -> Iterator[None]:
     """States are deferred on the CPU as well, from one sequence on."""
-    own, found = deferred.deferral, Deferral(N, 1, decode_deferred_torch, settle)
+    own, found = deferred.deferral, Deferral(N, 1, decode_deferred_torch, settle, lambda device: 0)
     deferred.deferral = lambda backend, state: found  # type: ignore[assignment]
     try:
         yield

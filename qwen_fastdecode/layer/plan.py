@@ -134,7 +134,7 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
     if settings.deferred_state:
         if strategy.splits_heads:
             return "deferred_state=True is not for heads split over ranks: pass head_parallel='off'"
-        strategy = DeferredStep(full, sizes.num_k_heads)
+        strategy = DeferredStep(full, sizes.num_k_heads, layer.layer_idx)
     return Plan(layer, name, upstream, sizes, settings, strategy)
 
 

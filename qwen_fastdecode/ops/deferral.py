@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ class Deferral(NamedTuple):
     least_work: int  # sequences x key heads; with fewer, two passes over the states are faster
     decode: Callable[[Step, Recipe, Ring], Tensor]
     settle: Callable[[Tensor, Ring], None]
+    together: Callable[[torch.device], int]  # how many of a launch's last programs fold at the same step
 
 
 @cache
@@ -31,7 +32,7 @@ def deferral(backend: str, state: torch.dtype) -> Deferral | None:
     """
     if backend != "triton":
         return None
-    from .triton.deferred_launch import decode_deferred_triton, settle_triton, tuned
+    from .triton.deferred_launch import decode_deferred_triton, settle_triton, together, tuned
 
-    _, N, least_work = tuned(state)
-    return Deferral(N, least_work, decode_deferred_triton, settle_triton)
+    best = tuned(state)
+    return Deferral(best.N, best.least_work, decode_deferred_triton, settle_triton, partial(together, state))

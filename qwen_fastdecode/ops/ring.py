@@ -11,9 +11,11 @@ where the state would as well, but nothing is divided by it and no exponential i
 would cost digits where one of them is large.
 
 Once in N steps what waits is folded into S, at the start of a step and before S is used. A cursor a key head of a
-sequence counts the steps since `settle`, because one program owns it as it owns that head's taps: no other reads it,
-so it needs neither atomics nor a launch of its own, and a captured graph that is replayed advances it. Which step folds
-depends on the head (`pending`): an N-th of them folds at each step, so that no token is slower than the others.
+sequence counts what waits and the steps that are left before it is folded. One program owns it as it owns that head's
+taps: no other reads it, so it needs neither atomics nor a launch of its own, and a captured graph that is replayed
+advances it. A new ring spreads the folds (`new_ring`): an N-th of the heads folds at each step, so that no token is
+slower than the others, but for the last ones of a launch. A launch ends when its last program does, so a fold among
+those would be waited for at every step; they fold at the same step, a different one in each layer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Ring(NamedTuple):
     k: Tensor  # [B, HK, N, DK], the unit keys
     d: Tensor  # [B, HV, N, DV], the corrected deltas
     w: Tensor  # [B, HV, N + 1], the weight of each entry, and last that of the state, G
-    cursor: Tensor  # [B, HK] int32, steps since `settle`; from N on modulo N, as N to 2 N - 1
+    cursor: Tensor  # [B, HK] int32: how many entries wait, plus LEFT times the steps left before they are folded
 
     @property
     def N(self) -> int:
@@ -46,19 +48,29 @@ class Ring(NamedTuple):
         return sum(x.nbytes for x in self)
 
 
+LEFT = 1 << 16
+
 # Of each part: shape, dtype, whether it is contiguous, device.
 Kind = tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
-def new_ring(recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torch.float32) -> Ring:
-    """An empty ring for states [B, HV, DK, DV] of HK key heads. Zeros, so that copies of two rings can be compared."""
+def new_ring(
+    recurrent_state: Tensor, HK: int, N: int, dtype: torch.dtype = torch.float32, *, together: int = 0, layer: int = 0
+) -> Ring:
+    """An empty ring for states [B, HV, DK, DV] of HK key heads. Zeros, so that copies of two rings can be compared.
+
+    Key head number `item` of all sequences is first folded after N - item % N steps, the last `together` of them after
+    N - layer % N, and every one each N steps from then on.
+    """
     B, HV, DK, DV = recurrent_state.shape
-    if N < 1:
-        raise ValueError(f"N: got {N}, expected at least 1")
+    if not 1 <= N < LEFT:
+        raise ValueError(f"N: got {N}, expected at least 1 and less than {LEFT}")
     make = recurrent_state.new_zeros
     k, d, w = make(B, HK, N, DK, dtype=dtype), make(B, HV, N, DV, dtype=dtype), make(B, HV, N + 1, dtype=dtype)
-    return Ring(k, d, w, recurrent_state.new_zeros(B, HK, dtype=torch.int32))
+    item = torch.arange(B * HK, dtype=torch.int32, device=recurrent_state.device).view(B, HK)
+    left = N - torch.where(item < B * HK - together, item, layer) % N
+    return Ring(k, d, w, (LEFT * left).to(torch.int32))
 
 
 def check_ring(ring: Ring, recurrent_state: Tensor) -> None:
@@ -91,19 +103,21 @@ def check_kind(kind: Kind, recurrent_state: Tensor) -> None:
 
 
 def pending(ring: Ring) -> tuple[Tensor, Tensor]:
-    """How many entries of each key head count, and whether its next step folds them, each [B, HK].
-
-    Key head number `item` of all sequences folds at the steps t with (t + item) % N == 0, but for the first.
-    """
-    t = ring.cursor
-    phase = (t + torch.arange(t.numel(), device=t.device, dtype=t.dtype).view_as(t)) % ring.N
-    return torch.minimum(t, (phase + ring.N - 1) % ring.N + 1), (phase == 0) & (t > 0)
+    """How many entries of each key head wait, and whether its next step folds them, each [B, HK]."""
+    count = ring.cursor % LEFT
+    return count, (ring.cursor < LEFT) & (count > 0)
 
 
 def advance(ring: Ring) -> None:
-    """Counts one step."""
-    t = ring.cursor
-    t.copy_(torch.where(t == 2 * ring.N - 1, ring.N, t + 1))
+    """Counts one step, after which one entry more waits; those that the step folded do not."""
+    count, folds = pending(ring)
+    left = ring.cursor // LEFT
+    ring.cursor.copy_(torch.where(folds, 0, count) + 1 + LEFT * (torch.where(left == 0, ring.N, left) - 1))
+
+
+def forget(ring: Ring) -> None:
+    """Nothing waits any more."""
+    ring.cursor.sub_(ring.cursor % LEFT)
 
 
 def check_deferred(step: Step, recipe: Recipe) -> StepShapes:
@@ -117,11 +131,11 @@ def check_deferred(step: Step, recipe: Recipe) -> StepShapes:
 
 
 def settle(recurrent_state: Tensor, ring: Ring) -> None:
-    """Folds what is pending into the states, in place, and sets the cursor to zero. In PyTorch, on any device."""
+    """Folds what is pending into the states, in place, after which nothing waits. In PyTorch, on any device."""
     check_ring(ring, recurrent_state)
     count, _ = pending(ring)
     fold(recurrent_state, ring, count)
-    ring.cursor.zero_()
+    forget(ring)
 
 
 def fold(recurrent_state: Tensor, ring: Ring, count: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 The last updates wait in a ring beside the states (`ops.ring`), one ring a cache layer, allocated at its first such step
 and gone with it. The cache layer owes what waits (`RingDebt`), so that whoever else reads or changes a state finds it
-settled. A ring whose cache layer does not owe it is empty: its cursor, which lies on the device, is zero.
+settled. In a ring whose cache layer does not owe it nothing waits, as its cursor says, which lies on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import PatchError
 from ..ops.deferral import Deferral, deferral
-from ..ops.ring import Ring, new_ring
+from ..ops.ring import Ring, forget, new_ring
 from ..ops.step import States, Step
 from ..upstream.families import Parts
 from ..upstream.unsettled import debt_of, owe, settle
@@ -30,10 +30,11 @@ class DeferredStep:
 
     splits_heads, defers = False, True
 
-    def __init__(self, full: FullStep, key_heads: int):
+    def __init__(self, full: FullStep, key_heads: int, layer: int):
         self.full = full
         self.backends = full.backends
         self.key_heads = key_heads
+        self.layer = layer  # its number in the model
         self._debts: Any = WeakIdKeyDictionary()  # by cache layer
         self._note = ""
 
@@ -115,7 +116,9 @@ class DeferredStep:
         if before is not None and before.suits(recurrent):
             return RingDebt(self, found, before.ring, recurrent, before)
         with torch.inference_mode(False):  # the next step, or the copy of a ring, may be made without that mode
-            return RingDebt(self, found, new_ring(recurrent, self.key_heads, found.N), recurrent, before)
+            together = found.together(recurrent.device)
+            ring = new_ring(recurrent, self.key_heads, found.N, together=together, layer=self.layer)
+            return RingDebt(self, found, ring, recurrent, before)
 
 
 _NOT_ON = "deferred_state: two passes on the {} backend, which gains nothing"
@@ -169,7 +172,7 @@ class RingDebt:
         """Nothing waits any more."""
         self.steps = 0
         with torch.inference_mode():
-            self.ring.cursor.zero_()
+            forget(self.ring)
 
     def tensors(self) -> Ring:
         return self.ring

@@ -11,9 +11,16 @@ from qwen_fastdecode.ops.triton.deferred_launch import decode_deferred_triton, s
 from qwen_fastdecode.steps import deferred
 
 N = 4
+TOGETHER = 3  # key heads that fold at the same step, and so do not at the others
+
+
+def _together(device: torch.device) -> int:
+    return TOGETHER
+
+
 SMALL = {
-    "torch": Deferral(N, 1, decode_deferred_torch, settle),
-    "triton": Deferral(N, 1, decode_deferred_triton, settle_triton),
+    "torch": Deferral(N, 1, decode_deferred_torch, settle, _together),
+    "triton": Deferral(N, 1, decode_deferred_triton, settle_triton, _together),
 }
 
 

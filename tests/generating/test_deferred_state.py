@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 import qwen_fastdecode as qf
+from qwen_fastdecode.ops.ring import advance, pending
 from qwen_fastdecode.steps.deferred import HASTY, RingDebt
 from qwen_fastdecode.upstream.caches import ARE_WATCHED
 from qwen_fastdecode.upstream.unsettled import debt_of
@@ -50,7 +51,7 @@ def recurrent(cache_layer: Any) -> Tensor:
 def owing(model: PreTrainedModel, cache: Cache) -> int:
     """Cache layers in whose rings something waits."""
     debts = [debt_of(layer) for layer in linear(model, cache)]
-    return sum(isinstance(debt, RingDebt) and bool(debt.ring.cursor.any()) for debt in debts)
+    return sum(isinstance(debt, RingDebt) and bool(pending(debt.ring)[0].any()) for debt in debts)
 
 
 # What may come between two steps. Each gets a model and its cache, and returns the cache to go on with.
@@ -244,9 +245,9 @@ def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:
     debt.hold()
     for _ in range(3):
         before = recurrent(layer).clone()
-        assert not debt.ring.cursor.any()
+        assert not pending(debt.ring)[0].any()
         debt.ring.k[:, :, 0], debt.ring.d[:, :, 0], debt.ring.w[..., 0], debt.ring.w[..., -1] = 1.0, 2.0, 1.0, 0.5
-        debt.ring.cursor.fill_(1)
+        advance(debt.ring)
         assert torch.allclose(recurrent(layer), 0.5 * before + 2.0)
     debt.release()
     recurrent(layer)

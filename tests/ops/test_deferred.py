@@ -12,7 +12,7 @@ from triton_step import Step, as_op, limit
 
 from qwen_fastdecode.errors import UnsupportedStep
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.ops.ring import Ring, decode_deferred_torch, new_ring, pending, settle
+from qwen_fastdecode.ops.ring import Ring, advance, decode_deferred_torch, forget, new_ring, pending, settle
 from qwen_fastdecode.ops.torch_cpu import decode_torch
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
 from qwen_fastdecode.ops.triton.launch import decode_triton
@@ -24,12 +24,14 @@ Decode = Callable[..., Tensor]
 class Run:
     """A step repeated on new tokens, deferred beside two passes in float64."""
 
-    def __init__(self, N: int, decode: Decode = decode_deferred_triton, **sizes: object):
+    def __init__(
+        self, N: int, decode: Decode = decode_deferred_triton, together: int = 0, layer: int = 0, **sizes: object
+    ):
         self.step = Step(**{"dtype": F32, **sizes})
         self.decode = decode
         self.law = self.step.recurrent_state.double()
         self.law_taps = self.step.conv_state.clone()
-        self.ring = new_ring(self.step.recurrent_state, self.step.HK, N)
+        self.ring = new_ring(self.step.recurrent_state, self.step.HK, N, together=together, layer=layer)
         for part in self.ring[:3]:
             part.fill_(torch.nan)  # nothing but what the cursor counts may be read
         self.generator = torch.Generator().manual_seed(1)
@@ -46,7 +48,7 @@ class Run:
 
     def state_error(self, settle_states: Callable[[Tensor, Ring], None] = settle_triton) -> float:
         settle_states(self.step.recurrent_state, self.ring)
-        assert not self.ring.cursor.any()
+        assert not pending(self.ring)[0].any()
         return relative_rms(self.step.recurrent_state, self.law)
 
 
@@ -54,7 +56,7 @@ class Run:
 def test_every_ring_at_every_cursor(N: int) -> None:
     """Settled after each number of steps: every phase of every head, by the kernel and by PyTorch in turn."""
     for steps in range(0, 2 * N + 2, 1 if N <= 4 else 3):
-        run = Run(N, B=2, seed=steps)
+        run = Run(N, B=2, seed=steps, together=2, layer=1)
         assert all(run.token() <= FLOAT32 for _ in range(steps))
         assert run.state_error(settle if steps % 2 else settle_triton) <= FLOAT32
         assert run.token() <= FLOAT32  # a settled ring begins anew
@@ -148,13 +150,36 @@ def test_the_ring_in_float64_is_two_passes() -> None:
     assert run.state_error(settle) <= 1e-12
 
 
-def test_an_nth_of_the_heads_folds_at_each_step() -> None:
-    ring = new_ring(torch.zeros(4, 8, 1, 1), 8, 8)
-    for t in range(1, 30):
-        ring.cursor.fill_(t if t < 8 else 8 + t % 8)
+@pytest.mark.parametrize("layer", [0, 3])
+def test_when_heads_fold(layer: int) -> None:
+    """An N-th of them at each step, but for the last ones, which fold together; each after N steps, settled or not."""
+    ring = new_ring(torch.zeros(5, 8, 1, 1), 8, 8, together=8, layer=layer)
+    folded: list[Tensor] = []
+    for t in range(41):
         count, folds = pending(ring)
-        assert folds.sum() == 4
         assert count.max() <= 8
+        folded.append(folds.flatten())
+        if t == 20:
+            forget(ring)
+            assert not pending(ring)[0].any()
+            folded[-1] = folded[-9]  # nothing waits, so nothing is folded, and the next fold comes when it would have
+        advance(ring)
+    steps = torch.stack(folded)[8:]  # [33, 40]
+    assert (steps[:, :-8].sum(1) == 4).all()
+    assert (steps[:, -8:].sum(1) == torch.where(torch.arange(8, 41) % 8 == (8 - layer) % 8, 8, 0)).all()
+    assert (steps.unfold(0, 8, 1).sum(-1) == 1).all()
+
+
+def test_kernels_fold_when_the_ring_says() -> None:
+    run = Run(4, B=3, together=2, layer=1)
+    law = run.ring._replace(cursor=run.ring.cursor.clone())
+    for _ in range(9):
+        before, folds = run.step.recurrent_state.clone(), pending(run.ring)[1]
+        run.token()
+        advance(law)
+        assert torch.equal(run.ring.cursor, law.cursor)
+        changed = (run.step.recurrent_state != before).flatten(2).any(-1).unflatten(1, (run.step.HK, -1)).any(-1)
+        assert torch.equal(changed, folds)
 
 
 def test_refusals_name_the_argument() -> None:
@@ -166,7 +191,7 @@ def test_refusals_name_the_argument() -> None:
         decode_deferred_triton(step, recipe, run.ring._replace(d=run.ring.d[:1]))
     with pytest.raises(UnsupportedStep, match="ring: expected float32"):
         decode_deferred_triton(step, recipe, new_ring(run.step.recurrent_state, 2, 4, F64))
-    with pytest.raises(ValueError, match="N: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="N: got 0, expected at least 1 and less"):
         new_ring(run.step.recurrent_state, 2, 0)
     two = Step(T=2)
     with pytest.raises(UnsupportedStep, match="q: got 4 tokens for 2 sequences, expected one each"):

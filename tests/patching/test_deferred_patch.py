@@ -38,18 +38,18 @@ def test_a_small_batch_takes_two_passes_and_the_report_says_so() -> None:
     generate(model, 4)
     status = qf.status(model)
     assert (status.fast_steps, status.deferred_steps) == (3 * LINEAR, 0)
-    assert "deferred_state: two passes below 256 sequences" in str(status)
+    assert "deferred_state: two passes below 64 sequences" in str(status)
 
 
 @watched
 def test_from_how_many_sequences_on_is_the_tables_choice() -> None:
-    """512 sequences x key heads of float32 states: 256 sequences of a model with two key heads."""
+    """128 sequences x key heads of float32 states: 64 sequences of a model with two key heads."""
     found = deferral("triton", torch.float32)
     assert found is not None
-    assert (found.N, found.least_work) == (6, 512)
+    assert (found.N, found.least_work) == (8, 128)
     model = build()
     qf.patch(model, backend="triton", deferred_state=True)
-    tokens = torch.ones(256, 3, dtype=torch.int64)
+    tokens = torch.ones(64, 3, dtype=torch.int64)
     cache = forward(model, tokens)[1]
     layer = linear_layers(model)[0]
     states = cache.layers[layer.layer_idx]
@@ -57,7 +57,7 @@ def test_from_how_many_sequences_on_is_the_tables_choice() -> None:
     held = [vars(states)[name] for name in ("conv_states", "recurrent_states")]
     conv, recurrent = [x[0] if isinstance(x, dict) else x for x in held]
     whole = States(conv, recurrent)
-    fewer = States(conv[:255], recurrent[:255])
+    fewer = States(conv[:63], recurrent[:63])
     narrow = States(conv, recurrent.bfloat16())
     assert [strategy.choose(states_, states).defers for states_ in (whole, fewer, narrow)] == [True, False, False]
 
@@ -78,7 +78,7 @@ def test_patching_everything_and_a_block() -> None:
     qf.patch(deferred_state=True, backend="triton")
     model = build()
     generate(model, 4)
-    assert "two passes below 256 sequences" in str(qf.status(model))
+    assert "two passes below 64 sequences" in str(qf.status(model))
     qf.unpatch()
     with qf.patched(model, deferred_state=True) as report:
         assert plan_of(linear_layers(model)[0]).settings.deferred_state  # type: ignore[union-attr]

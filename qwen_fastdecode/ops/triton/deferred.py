@@ -7,20 +7,22 @@ the step means is never formed (`ops.ring` has the mathematics and the ring's pa
 
 One program owns one key head of one sequence, as in `kernel`: its cursor, its ring, its taps. It folds what is pending
 into the state once in N steps, before it uses it, so that the fold is one pass over the state that waits for nothing.
-Programs fold at different steps, a N-th of them at each, so that no step is slower than another.
+Programs fold at different steps, a N-th of them at each, but for the last of a launch (`ring.new_ring`).
 """
 
 import triton
 import triton.language as tl
 
+from .. import ring
 from .parts import activation, convolve_token, gates, load, load_qk, project, state_words, store_taps, unit_qk
+
+LEFT = tl.constexpr(ring.LEFT)
 
 
 @triton.jit
-def pending_entries(t, item, N: tl.constexpr):
-    """How many entries of the ring count at step t since the last `settle`, and whether this step folds them."""
-    phase = (t + item) % N
-    return tl.minimum(t, (phase + N - 1) % N + 1), (phase == 0) & (t > 0)
+def read_cursor(t):
+    """How many entries of the ring wait, and how many steps are left before they are folded."""
+    return t & (LEFT - 1), t >> 16
 
 
 @triton.jit
@@ -31,6 +33,15 @@ def state_mask(rows, columns, L: tl.constexpr):
     else:
         mask = None
     return mask
+
+
+@triton.jit
+def load_rows(pointer, mask, left, L: tl.constexpr):
+    """Some rows of a value head's state as float32; nothing is read if there are none left."""
+    wanted = tl.full(pointer.shape, left, tl.int32) > 0
+    if mask is not None:
+        wanted = wanted & mask
+    return tl.load(pointer, mask=wanted, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -55,15 +66,26 @@ def fold_entries(state, ring_k, ring_d, ring_w, i, hk, count, L: tl.constexpr, N
         for j in tl.static_range(N):
             ds = ds + (tl.load(d_head + j * L.DV, mask=(j < count) & (columns < L.DV), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
             ws = ws + (tl.load(w_head + j, mask=j < count, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        first = state + r * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
+        S_next = load(first, state_mask(rows, columns, L))
         for part in range(PARTS):
             own = part * (L.BLOCK_K // PARTS) + rows
             pointer = state + r * L.state_head + (own * L.DV)[:, None] + columns[None, :]
-            mask = state_mask(own, columns, L)
-            S = load(pointer, mask) * G
+            S = S_next * G
+            # Asked for before the present rows are stored: afterwards, each part would cost the memory's latency.
+            following = state_mask(own + L.BLOCK_K // PARTS, columns, L)
+            S_next = load_rows(pointer + (L.BLOCK_K // PARTS) * L.DV, following, PARTS - 1 - part, L)
             for j in tl.static_range(N):
                 k = tl.load(ring_k + j * L.DK + own, mask=(j < count) & (own < L.DK), other=0.0)
                 S += (ws[j] * k)[:, None] * ds[j][None, :]
-            tl.store(pointer, S.to(state.dtype.element_ty), mask=mask)
+            tl.store(pointer, S.to(state.dtype.element_ty), mask=state_mask(own, columns, L))
+
+
+@triton.jit
+def load_keys(k_head, slots, rows, count, L: tl.constexpr):
+    """The first `count` keys of a key head's ring [slots, DK], zero where there are none."""
+    pointer = k_head + slots[:, None] * L.DK + rows[None, :]
+    return tl.load(pointer, mask=(slots < count)[:, None] & (rows < L.DK)[None, :], other=0.0)
 
 
 @triton.jit
@@ -134,6 +156,8 @@ def decode_deferred(
         t = tl.load(cursor + item)
         if PREFETCH:
             S = read_state(S_first, rows, 1, L)
+            # All that there may be: which of them wait, the cursor will say.
+            entry = load_keys(ring_k + (i * L.HK + hk) * (N * L.DK), slots, rows, N, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -146,7 +170,8 @@ def decode_deferred(
             qk_mask,
             L,
         )
-        count, fold = pending_entries(t, item, N)
+        count, left = read_cursor(t)
+        fold = (left == 0) & (count > 0)
         if fold:
             fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, count, L, N, PARTS)
             tl.debug_barrier()  # the state is read again, other parts of it by each thread
@@ -155,13 +180,15 @@ def decode_deferred(
         count = tl.where(fold, 0, count)
         k_head = ring_k + (i * L.HK + hk) * (N * L.DK)
         waits = slots < count  # [BLOCK_N]
-        waits_k = waits[:, None] & (rows < L.DK)[None, :]
         waits_d = waits[:, None] & (columns < L.DV)[None, :]
-        entry = tl.load(k_head + slots[:, None] * L.DK + rows[None, :], mask=waits_k, other=0.0)
+        if PREFETCH:
+            entry = tl.where(waits[:, None], entry, 0.0)
+        else:
+            entry = load_keys(k_head, slots, rows, count, L)
         # What several threads hold, taps or cursor, none may change before all have read it.
         tl.debug_barrier()
         store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
-        tl.store(cursor + item, tl.where(t == 2 * N - 1, N, t + 1))  # from N on, t counts only modulo N
+        tl.store(cursor + item, count + 1 + LEFT * (tl.where(left == 0, N, left) - 1))
         q_unit, k_unit, dot = unit_qk(qk_conv, which, L.scale)
 
         k_k = tl.sum(entry * k_unit[None, :], 1)
@@ -227,16 +254,16 @@ def settle_states(
     N: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Folds what is pending into the states; each program sets its cursor to zero."""
+    """Folds what is pending into the states, after which nothing waits."""
     program = tl.program_id(0)
     stop = items if L.strided else program + 1
     for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
         i = tl.cast(item // L.HK, tl.int64)
         hk = tl.cast(item % L.HK, tl.int64)
         t = tl.load(cursor + item)
-        count, _ = pending_entries(t, item, N)
+        count, _ = read_cursor(t)
         tl.debug_barrier()  # none may change the cursor before all have read it
-        tl.store(cursor + item, 0)
+        tl.store(cursor + item, t - count)
         if count > 0:
             S_first = state + i * state_sequence + hk * (L.R * L.state_head)
             fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, count, L, N, PARTS)

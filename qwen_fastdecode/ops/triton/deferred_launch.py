@@ -24,7 +24,7 @@ class DeferredTile(NamedTuple):
     num_warps: int
     parts: int
     max_registers: int = 0  # as in `Tile`
-    prefetch: bool = False  # ask for a head's state while the one before is finished
+    prefetch: bool = False  # ask for a head's state while the one before is finished, and for all the ring's keys
 
 
 class Tuned(NamedTuple):
@@ -33,11 +33,12 @@ class Tuned(NamedTuple):
     tile: DeferredTile
     N: int  # entries of a ring
     least_work: int  # sequences x key heads; with fewer, two passes are faster
+    together: int  # of the last programs of a launch, how many a multiprocessor fold at the same step
 
 
-# Measured on an H100 (benchmarks/results/h100-2026-11-26-kernel). Other GPUs have not been measured.
-FLOAT32 = Tuned(DeferredTile(4, 4, 168), N=6, least_work=512)
-OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=2048)
+# Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8). Other GPUs have not been measured.
+FLOAT32 = Tuned(DeferredTile(4, 4, 168), N=8, least_work=128, together=3)
+OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=256, together=8)
 
 
 class SettleLayout(NamedTuple):
@@ -128,7 +129,7 @@ _prepared = Prepared(_prepare)
 
 
 def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None = None) -> None:
-    """Folds what is pending into the states and sets the cursor to zero."""
+    """Folds what is pending into the states, after which nothing waits."""
     check_ring(ring, recurrent_state)
     (B, HV, DK, DV), HK = recurrent_state.shape, ring.k.shape[1]
     tile = tile or tuned(recurrent_state.dtype).tile
@@ -151,6 +152,13 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
 def tuned(state: torch.dtype) -> Tuned:
     """What is best for states of a dtype."""
     return FLOAT32 if state == torch.float32 else OTHER
+
+
+def together(state: torch.dtype, device: torch.device) -> int:
+    """How many of a launch's last programs fold at the same step."""
+    if INTERPRETED:
+        return 3
+    return tuned(state).together * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _grid(items: int, device: torch.device) -> tuple[tuple[int, int, int], int]:
