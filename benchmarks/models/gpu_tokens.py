@@ -1,9 +1,9 @@
 """float32: every side says what Transformers alone says, token by token. `gpu_generate` gives no speed without it.
 
 tokens-MODEL.json: rows {model, side, batch, steps, equal, logits, right} or {model, side, batch, steps, error}.
-flash-linear-attention multiplies prompts in TF32, and is held to logits instead. Where there are experts, most of the
-distance would be near-ties between them: routers then give what they gave Transformers alone. Rows that --out holds
-already are kept and not made again.
+flash-linear-attention multiplies prompts in TF32, and is held to logits instead. Where there are experts, one near-tie
+between two of them weighs far more than that: routers then give what they gave Transformers alone. Rows that --out
+holds already are kept and not made again.
 """
 
 from __future__ import annotations
