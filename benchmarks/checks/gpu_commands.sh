@@ -61,7 +61,8 @@ for model in tiny real; do
   try compare-$model-float32 0 'Same text' 'cuda_graph=True' -- \
     "${qwen[@]}" compare "${!model}" "${gpu[@]}" --dtype float32 --beside cuda-graph
 done
-if [ "$("$python" -c "import torch; print(torch.cuda.device_count())")" -gt 1 ]; then
+gpus=$("$python" -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" -gt 1 ]; then
   try second 0 "$fast" -- "${qwen[@]}" run --report "$program" $tiny cuda:1
   try both 0 "$fast" 'weights lie on several devices' -- \
     "${qwen[@]}" run --cuda-graph --report "$program" $tiny balanced
@@ -69,4 +70,5 @@ fi
 kept="Kept in $XDG_CACHE_HOME/qwen_fastdecode/tiles.json"
 try tune 0 "$kept" -- "${qwen[@]}" tune
 try tuned 0 "$fast" -- "${qwen[@]}" run --report "$program" $tiny cuda:0
+[ "$gpus" -lt 2 ] || try tune-second 0 "$kept" -- "${qwen[@]}" tune --device cuda:1
 exit $failed
