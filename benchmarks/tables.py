@@ -114,7 +114,8 @@ def _wrong(rows: Rows) -> str:
     apart = [row["logits"] for row in rows if "logits" in row]
     if not apart:
         return rows[0]["error"].splitlines()[0].partition(". ")[0]
-    return f"its float32 logits are up to {max(apart):.1e} from Transformers'"
+    same = "the same" if all(row.get("equal") for row in rows) else "not the same"
+    return f"in float32 its logits are up to {max(apart):.1e} from Transformers', its tokens {same}"
 
 
 def _by_side(rows: Rows, figure: str) -> dict[str, Cells]:

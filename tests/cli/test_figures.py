@@ -68,7 +68,7 @@ def whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     file = {"machine": {**machine, "date": "today", "kernel": "abc"}, "results": rows}
     (folder / "generate-dense.json").write_text(json.dumps(file), encoding="utf-8")
-    said = [{"side": "patched", "right": False, "logits": 0.02}, {"side": "patched", "right": False, "logits": 0.03}]
+    said = [{"side": "patched", "right": False, "equal": same, "logits": 0.02 + 0.01 * same} for same in (False, True)]
     (folder / "tokens-dense.json").write_text(json.dumps({"results": said}), encoding="utf-8")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
@@ -86,7 +86,7 @@ def test_a_table_of_sides_says_how_many_times_and_leaves_out_what_was_not_measur
     ]
     assert lines[7:12] == [  # no row for compiled models
         "",
-        "- No speed: patched, dense: its float32 logits are up to 3.0e-02 from Transformers'.",
+        "- No speed: patched, dense: in float32 its logits are up to 3.0e-02 from Transformers', its tokens not the same.",
         "- No speed: Transformers + flash-linear-attention, dense, batch 8: out of memory.",
         "- No speed: Transformers, compiled, dense, batch 1: a reason.",
         "",
