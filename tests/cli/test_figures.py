@@ -86,7 +86,8 @@ def test_a_table_of_sides_says_how_many_times_and_leaves_out_what_was_not_measur
     ]
     assert lines[7:12] == [  # no row for compiled models
         "",
-        "- No speed: patched, dense: in float32 its logits are up to 3.0e-02 from Transformers', its tokens not the same.",
+        "- No speed: patched, dense: in float32 its logits are up to 3.0e-02 from Transformers', its tokens not the "
+        "same.",
         "- No speed: Transformers + flash-linear-attention, dense, batch 8: out of memory.",
         "- No speed: Transformers, compiled, dense, batch 1: a reason.",
         "",
