@@ -72,10 +72,7 @@ def whole_models() -> tuple[dict[str, Any], Rows]:
 
     Raises FileNotFoundError where there are no results, and ValueError where they are of several machines.
     """
-    paths = sorted(_folder("models").glob("generate-*.json"))
-    if not paths:
-        raise FileNotFoundError(f"{_folder('models')} holds no generate-*.json")
-    files = {path.stem.removeprefix("generate-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    files = _model_files()
     of = {}
     for key in next(iter(files.values()))["machine"]:
         values = {name: file["machine"][key] for name, file in files.items()}
@@ -84,6 +81,41 @@ def whole_models() -> tuple[dict[str, Any], Rows]:
     if any(file["machine"]["device"] != of["device"] for file in files.values()):
         raise ValueError(f"{_folder('models')}: one table cannot be of {of['device']}")
     return of, [row for file in files.values() for row in file["results"] if "error" not in row]
+
+
+def _model_files() -> dict[str, dict[str, Any]]:
+    """By the model's short name. Raises FileNotFoundError where there are none."""
+    paths = sorted(_folder("models").glob("generate-*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{_folder('models')} holds no generate-*.json")
+    return {path.stem.removeprefix("generate-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def without_speed() -> str:
+    """A line for every side of a model that was run and has no speed: why."""
+    lines = []
+    for short, file in _model_files().items():
+        path = _folder("models") / f"tokens-{short}.json"
+        said = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+        rows = [row for row in file["results"] if row["side"] in SIDES]
+        for side in SIDES:
+            wrong = [row for row in said if row["side"] == side and not row.get("right")]
+            if wrong and not any(row["side"] == side for row in rows):
+                lines.append(f"{SIDES[side]}, {short}: {_wrong(wrong)}.")
+        for row in rows:
+            if "error" in row:
+                why = row["error"].splitlines()[0].partition(". ")[0]
+                lines.append(f"{SIDES[row['side']]}, {short}, batch {row['batch']}: {why}.")
+    return "\n".join(f"- No speed: {line}" for line in lines)
+
+
+def _wrong(rows: Rows) -> str:
+    """What `gpu_tokens` found of a side."""
+    apart = [row["logits"] for row in rows if "logits" in row]
+    if not apart:
+        return rows[0]["error"].splitlines()[0].partition(". ")[0]
+    same = "the same" if all(row.get("equal") for row in rows) else "not the same"
+    return f"in float32 its logits are up to {max(apart):.1e} from Transformers', its tokens {same}"
 
 
 def _by_side(rows: Rows, figure: str) -> dict[str, Cells]:
@@ -130,19 +162,20 @@ def models() -> str:
     (prompt,) = {row["prompt"] for row in rows}
     note = f"{machine(of)}, flash-linear-attention (fla) {of['flash-linear-attention']}; bfloat16, random weights, "
     note += f"prompts of {prompt} tokens; {_code(of)}."
-    return f"{text}\n\n{note}"
+    return "\n\n".join(part for part in (text, without_speed(), note) if part)
 
 
 def first_tokens() -> str:
     """How long the first call takes: patching, compiling and capturing are in it."""
     _, rows = whole_models()
-    sides = {side: name for side, name in SIDES.items() if any(row["side"] == side for row in rows)}
     batches = sorted({row["batch"] for row in rows})
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
         lines.append([f"**{MODELS[model]}**", *("" for _ in batches)])
-        for side, name in sides.items():
+        for side, name in SIDES.items():
             of = {row["batch"]: row for row in rows if (row["model"], row["side"]) == (model, side)}
+            if not of:
+                continue
             cells = (f"{of[b]['first_s']:.2f} / {of[b]['hundredth_s']:.1f}" if b in of else "" for b in batches)
             lines.append([name, *cells])
     head = ["first / hundredth token, s (less is better)", *(f"batch {batch}" for batch in batches)]

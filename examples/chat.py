@@ -8,8 +8,10 @@ import qwen_fastdecode
 
 name = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(name)
+if tokenizer.chat_template is None:
+    sys.exit(f"{name} has no chat template; batch.py takes plain prompts")
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
-print(qwen_fastdecode.patch(model))
+print(qwen_fastdecode.patch(model, cuda_graph=True))  # on a CPU, or spread over GPUs, its steps stay eager
 
 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 chat = []

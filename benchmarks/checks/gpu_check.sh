@@ -4,8 +4,11 @@
 #   bash benchmarks/checks/gpu_check.sh [--out FOLDER] [--limit SECONDS] [--sides NAMES] [--dry-run] [SECTION...]
 #
 # Sections: correctness speed sanitize tiles (all of them by default, in this order), and by name only
-#   dense experts   whole models: the float32 tokens of every side, then their speed; --sides eager,patched for some. Rows
-#                   that the folder holds are not measured again
+#   dense experts   whole models: the float32 tokens of the sides that do not compile, then their speed
+#   dense-compiled experts-compiled    of the sides that compile: half a minute or more for each, at each batch
+#                   Rows that the folder holds are not measured again: name the section again where it was cut short.
+#                   --sides eager,patched: these alone
+#   host            what the host spends in one step of a patched and of an unpatched layer
 #   norms           the norm of a captured step beside upstream's: bits, microseconds
 #   graph           what is true of cuda_graph=True beside its speed
 #   ways            CUDA graphs by hand, reduce-overhead, bitsandbytes
@@ -14,15 +17,15 @@
 # Exit code 1 if any section found something wrong or was cut short; the others still run.
 set -u
 cd "$(dirname "$0")/../.."
-out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sides=() sections=()
+out=benchmarks/results/$(date -u +%Y-%m-%d) limit=540 dry=() sides= sections=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift ;;
     --limit) limit=${2:?--limit needs seconds}; shift ;;
-    --sides) sides=(--sides "${2:?--sides needs names}"); shift ;;
+    --sides) sides=${2:?--sides needs names}; shift ;;
     --dry-run) dry=(--dry-run); export TRITON_INTERPRET=1 ;;
-    dense | experts) sections+=("tokens-$1" "generate-$1") ;;
-    correctness | sanitize | tiles | speed | norms | graph | ways) sections+=("$1") ;;
+    dense | experts | dense-compiled | experts-compiled) sections+=("tokens-$1" "generate-$1") ;;
+    correctness | sanitize | tiles | speed | host | norms | graph | ways) sections+=("$1") ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
   shift
@@ -33,16 +36,19 @@ export PATH=$PATH:/usr/local/cuda/bin # where CUDA keeps compute-sanitizer
 python=${PYTHON:-python3} failed=()
 declare -A module=(
   [correctness]=checks.gpu_correctness [sanitize]=checks.gpu_sanitize [tiles]=op.gpu_tiles [speed]=op.gpu_speed
-  [tokens]=models.gpu_tokens [generate]=models.gpu_generate [norms]=op.gpu_norms [graph]=models.gpu_graph [ways]=models.gpu_ways
+  [host]=op.gpu_host [norms]=op.gpu_norms [graph]=models.gpu_graph [ways]=models.gpu_ways
+  [tokens]=models.gpu_tokens [generate]=models.gpu_generate
 )
+declare -A of_model=([eager]=eager,fla,patched,cuda_graph [compiled]=compiled,patched_compiled)
 mkdir -p "$out"
 for section in "${sections[@]}"; do
   start=$SECONDS
   echo "== $section"
   left=$((limit - SECONDS > 1 ? limit - SECONDS : 1))
-  model=() # of sections such as tokens-dense
-  [ "${section%-*}" = "$section" ] || model=(--model "${section#*-}" "${sides[@]}")
-  timeout -k 5 "$left" "$python" -m "benchmarks.${module[${section%-*}]}" --out "$out" "${model[@]}" "${dry[@]}" ||
+  IFS=- read -r kind of compiled <<<"$section" # tokens-dense-compiled, say
+  model=()
+  [ -z "$of" ] || model=(--model "$of" --sides "${sides:-${of_model[${compiled:-eager}]}}")
+  timeout -k 5 "$left" "$python" -m "benchmarks.${module[$kind]}" --out "$out" "${model[@]}" "${dry[@]}" ||
     failed+=("$section ($?)")
   echo "== $section took $((SECONDS - start)) s"
 done

@@ -8,7 +8,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from qwen_fastdecode.ops.triton import kernel as triton_kernel
 
 Item = TypeVar("Item")
 OURS = ("torch", "triton", "transformers")
+SAME = ("device", "torch", "triton", "transformers", "flash-linear-attention", "kernel")  # in all rows of a file
 KERNEL = Path(triton_kernel.__file__)  # by its hash, as a copy of the tree may come without its history
 PEERS = ("flash-linear-attention", "causal-conv1d", "vllm", "sglang", "flashinfer-python")
 
@@ -50,6 +51,37 @@ class Notebook:
         self.rows.append({**row, "at s": round(time.perf_counter() - self._begun, 1)})
         print(self.rows[-1], flush=True)
         write_section(self._folder, self._name, self.rows)
+
+
+class KeptRows:
+    """Rows of models, batches and sides in their file. Those that it holds are kept, so that a run goes on where the
+    last one was cut off; a row takes the place of the one that it measures again.
+
+    Raises ValueError where the file is of another machine or other software.
+    """
+
+    def __init__(self, folder: str, name: str, done: Callable[[dict[str, Any]], bool]):
+        self._folder, self._name, self._done = folder, name, done
+        path = Path(folder) / f"{name}.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": []}
+        for fact in SAME:
+            if earlier["machine"].get(fact) != machine().get(fact):
+                raise ValueError(f"{path} is of {fact} {earlier['machine'].get(fact)}, not {machine().get(fact)}")
+        self.rows: list[dict[str, Any]] = earlier["results"]
+
+    def lacks(self, model: str, batch: int, side: str) -> bool:
+        """Whether it is still to be measured: it is not there, ended in an error, or is not `done`."""
+        row = next((row for row in self.rows if _key(row) == (model, batch, side)), None)
+        return row is None or "error" in row or not self._done(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes the file."""
+        self.rows = [*(other for other in self.rows if _key(other) != _key(row)), row]
+        write_section(self._folder, self._name, self.rows)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, str]:
+    return row["model"], row["batch"], row["side"]
 
 
 @cache

@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks.checks.gpu_report import machine, write_section
+from benchmarks.checks.gpu_report import KeptRows
 from benchmarks.models.gpu_models import MODELS, build
 from benchmarks.models.sides import FLA, OURS, PYTORCH, SIDES, Side, chosen, distance, forced_tokens, prompts
 from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode.cli.compare.generation import Batch, Clock, forced_logits, generate
 
 LAYERS = {"dense": 32, "experts": 8}
-BATCHES, COMPILED_BATCHES = (1, 32, 8, 128), ((1, 32), (8, 128))  # the most important first
+BATCHES = (1, 32, 8, 128)  # the most important first
 PROMPT, HUNDRED, NEW_TOKENS, FORCED = 16, 100, 48, 12
 NEAR, MOST_ROUNDS = 1.05, 5
 SETTLED = 6  # steps of a call, after which nothing is tuned or captured any more
@@ -52,28 +52,6 @@ KERNELS = {OURS: ("decode_token",), FLA: ("fused_recurrent",)}  # in the names o
 
 Row = dict[str, Any]
 FAILURES = (AssertionError, RuntimeError, TorchDynamoException)
-
-
-class Results:
-    """The rows of one model, in their file."""
-
-    def __init__(self, folder: str, model: str):
-        self._folder, self._name = folder, f"generate-{model}"
-        path = Path(folder) / f"{self._name}.json"
-        earlier = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "results": []}
-        for fact in ("device", "torch", "transformers", "kernel"):
-            if earlier["machine"].get(fact) != machine().get(fact):
-                raise ValueError(f"{path} is of {fact} {earlier['machine'].get(fact)}, not {machine().get(fact)}")
-        self.rows: list[Row] = [row for row in earlier["results"] if "error" not in row and settled(row["rounds_ms"])]
-
-    def lacks(self, batch: int, side: str) -> bool:
-        return not any((row["batch"], row["side"]) == (batch, side) for row in self.rows)
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-        print({key: value for key, value in shown.items() if key != "first_call_ms"}, flush=True)
-        write_section(self._folder, self._name, self.rows)
 
 
 class ProfiledSteps(Clock):
@@ -94,14 +72,14 @@ class ProfiledSteps(Clock):
 
 
 def in_turns(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
-    """Sides that do not compile: the first call of each, then rounds of all."""
+    """Sides that do not compile: the first call of each, then rounds of those that are not settled."""
     expected = _expected(model, inputs)
-    found = {name: _first_call(model, inputs, side, expected, limit) for name, side in sides.items()}
-    for _ in range(MOST_ROUNDS):
-        for name, side in sides.items():
-            if "error" not in found[name] and not settled(found[name]["rounds_ms"]):
-                found[name] = _another_round(model, inputs, side, found[name])
-    yield from ((name, _with_speed(row, inputs)) for name, row in found.items())
+    left = {name: _first_call(model, inputs, side, expected, limit) for name, side in sides.items()}
+    while left:
+        for name, row in [*left.items()]:
+            left[name] = row if "error" in row else _another_round(model, inputs, sides[name], row)
+            if done(left[name]):
+                yield name, _with_speed(left.pop(name), inputs)
 
 
 def compiled(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
@@ -109,6 +87,11 @@ def compiled(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) ->
     expected = _expected(model, inputs)
     for name, side in sides.items():
         yield name, _with_speed(_first_call(model, inputs, side, expected, limit), inputs)
+
+
+def done(row: Row) -> bool:
+    """Whether nothing is left to measure."""
+    return "error" in row or settled(row["rounds_ms"])
 
 
 def settled(rounds_ms: list[float]) -> bool:
@@ -197,21 +180,22 @@ def right_sides(folder: str, model: str, asked: dict[str, Side]) -> dict[str, Si
     return {name: side for name, side in asked.items() if name in proved}
 
 
-def measure(model: Any, name: str, of: str, sides: dict[str, Side], batches: Any, results: Results) -> None:
-    """Every side at every batch, the most important first."""
-    eager = {side: how for side, how in sides.items() if not how.compiled}
-    own = {side: how for side, how in sides.items() if how.compiled and not how.fla}
-    rest = {side: how for side, how in sides.items() if how.compiled and how.fla}
-    plan = [(in_turns, batch, eager) for batch in batches]
-    for some in COMPILED_BATCHES:
-        plan += [(compiled, batch, own) for batch in some if batch in batches]
-    plan += [(compiled, batch, rest) for batch in COMPILED_BATCHES[0] if batch in batches]
-    for way, batch, which in plan:
-        todo = {side: how for side, how in which.items() if results.lacks(batch, side)}
-        if todo:
-            for side, row in way(model, prompts(model, batch, PROMPT), todo, LOGITS_LIMIT[of]):
-                results.add({"model": name, "batch": batch, "side": side, "prompt": PROMPT, **row})
-            release_memory(model.device)
+def measure(model: Any, name: str, of: str, sides: dict[str, Side], batches: Any, results: KeptRows) -> None:
+    """Every side at every batch that `results` lacks: first those that do not compile."""
+    for way, compiles in ((in_turns, False), (compiled, True)):
+        for batch in batches:
+            todo = {side: how for side, how in sides.items() if how.compiled == compiles}
+            todo = {side: how for side, how in todo.items() if results.lacks(name, batch, side)}
+            if todo:
+                for side, row in way(model, prompts(model, batch, PROMPT), todo, LOGITS_LIMIT[of]):
+                    results.add({"model": name, "batch": batch, "side": side, "prompt": PROMPT, **row})
+                    _say(results.rows[-1])
+                release_memory(model.device)
+
+
+def _say(row: Row) -> None:
+    shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+    print({key: value for key, value in shown.items() if key != "first_call_ms"}, flush=True)
 
 
 def main() -> int:
@@ -223,7 +207,7 @@ def main() -> int:
     arguments = parser.parse_args()
     tiny, of = arguments.dry_run, arguments.model
     shape = MODELS[of](4 if tiny else LAYERS[of], tiny)
-    results = Results(arguments.out, of)
+    results = KeptRows(arguments.out, f"generate-{of}", done)
     with torch.no_grad():
         model = build(shape, torch.device("cpu" if tiny else "cuda"), torch.bfloat16)
         sides = right_sides(arguments.out, of, chosen(arguments.sides, model))

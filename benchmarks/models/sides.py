@@ -62,7 +62,6 @@ SIDES = {
     "cuda_graph": Side(patch={"cuda_graph": True}),
     "compiled": Side(compiled=True),
     "patched_compiled": Side(patch={}, compiled=True),
-    "fla_compiled": Side(fla=True, compiled=True),
 }
 
 

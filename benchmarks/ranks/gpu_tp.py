@@ -28,8 +28,10 @@ from benchmarks.markdown import table
 from benchmarks.models.gpu_models import ModelShape, build, dense, experts
 from benchmarks.ranks.tp_counts import of_a_layer
 from qwen_fastdecode.cli.compare.generation import forced_logits, generate
+from qwen_fastdecode.graph.reasons import Eager
 
 SIDES = ("unpatched", "off", "on")
+CUDA_GRAPH = "cuda_graph=True"  # on several ranks it stays eager, and says so
 BATCHES, TINY_BATCHES = (1, 32, 256), (2,)
 PROMPT, NEW_TOKENS, TINY_NEW_TOKENS, ROUNDS, FORCED = 16, 32, 4, 2, 5
 # float32 sums in another order, over a few layers; a head that is wrong or stale changes the logits altogether.
@@ -51,6 +53,8 @@ def shapes(tiny: bool) -> tuple[ModelShape, ...]:
 
 def side_of(name: str, model: Any) -> AbstractContextManager[Any]:
     """The patch with this head_parallel, or nothing."""
+    if name == CUDA_GRAPH:
+        return qwen_fastdecode.patched(model, cuda_graph=True)
     return nullcontext() if name == "unpatched" else qwen_fastdecode.patched(model, head_parallel=name)
 
 
@@ -75,21 +79,39 @@ def chat(model: Any, batch: int, turns: int = 3, new_tokens: int = 6) -> Tensor:
     return text
 
 
-def correctness(shape: ModelShape, folder: Path, batch: int) -> Iterator[Row]:
-    """In float32: a chat of three turns gives the same tokens, and forced text the same logits, on every side."""
+def said(model: Any, batch: int) -> tuple[Tensor, Tensor]:
+    """What every side has to say: the tokens of a chat of three turns, and the logits of a forced text; on the CPU."""
+    ids = prompt(model, batch)
+    logits = forced_logits(
+        model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prompt(model, batch, FORCED)
+    )
+    return chat(model, batch).cpu(), logits.cpu()
+
+
+def compared(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Row:
+    """How far two of these are apart, and whether that is right."""
+    distance = ((found[1] - expected[1]).norm() / expected[1].norm()).item()
+    same = (found[0] == expected[0]).float().mean().item()
+    return {"logits": distance, "same_tokens": same, "passed": distance <= LOGITS_LIMIT and same == 1.0}
+
+
+def correctness(shape: ModelShape, folder: Path, batch: int, expected: tuple[Tensor, Tensor]) -> Iterator[Row]:
+    """In float32: what one process says, on every side."""
     model = load(folder, torch.float32)
-    batch_of = {"input_ids": prompt(model, batch), "attention_mask": torch.ones_like(prompt(model, batch))}
-    forced = prompt(model, batch, FORCED)
-    expected = chat(model, batch), forced_logits(model, batch_of, forced)
-    for name in SIDES[1:]:
+    for name in (*SIDES, CUDA_GRAPH):
         with side_of(name, model):
-            tokens, logits = chat(model, batch), forced_logits(model, batch_of, forced)
+            row = {"model": shape.name, "side": name, "batch": batch, **compared(said(model, batch), expected)}
             status = qwen_fastdecode.status(model)
-        distance = ((logits - expected[1]).norm() / expected[1].norm()).item()
-        same = (tokens == expected[0]).float().mean().item()
-        row = {"model": shape.name, "side": name, "batch": batch, "logits": distance, "same_tokens": same}
-        split = status.split_steps == (status.fast_steps if name == "on" else 0)
-        yield {**row, "passed": distance <= LOGITS_LIMIT and same == 1.0 and split and status.fast_steps > 0}
+        served = status.fast_steps > 0 or name == "unpatched"
+        split = status.split_steps == (status.fast_steps if name == "on" else 0) or name == CUDA_GRAPH
+        refused = name != CUDA_GRAPH or was_refused(status, Eager.SEVERAL_RANKS)
+        yield {**row, "passed": row["passed"] and served and split and refused}
+
+
+def was_refused(status: qwen_fastdecode.Status, reason: Eager) -> bool:
+    """Whether nothing was captured, for this reason."""
+    graphs = status.graphs
+    return graphs is not None and not graphs.captures and str(reason) in graphs.reasons
 
 
 def speeds(shape: ModelShape, folder: Path, batches: tuple[int, ...], new_tokens: int) -> Iterator[Row]:
@@ -112,7 +134,8 @@ def markdown(results: dict[str, list[Row]]) -> str:
     """What holds, then the times."""
     lines = ["; ".join(f"{name} {value}" for name, value in machine().items()), f"{dist.get_world_size()} ranks."]
     checks = results["correctness"]
-    lines.append(f"Correctness, float32, three turns: {sum(row['passed'] for row in checks)} of {len(checks)} passed.")
+    passed = f"{sum(row['passed'] for row in checks)} of {len(checks)} passed"
+    lines.append(f"Correctness, float32, three turns, against one process: {passed}.")
     lines += [f"- FAILED: {row}" for row in checks if not row["passed"]]
     header = (
         "model",
@@ -129,22 +152,28 @@ def markdown(results: dict[str, list[Row]]) -> str:
         ratio = f"{before[row['model'], row['batch']] / row['ms']:.2f}x"
         columns = (row["model"], row["batch"], row["side"], f"{row['ms']:.2f}", ratio, row["collectives"], row["bytes"])
         rows.append(tuple(map(str, columns)))
-    return "\n\n".join(["## Tensor parallel results", *lines, table(header, rows)]) + "\n"
+    speeds = [table(header, rows)] if rows else []
+    return "\n\n".join(["## Tensor parallel results", *lines, *speeds]) + "\n"
 
 
-def run(out: str, tiny: bool, deadline: float) -> bool:
+def run(out: str, tiny: bool, deadline: float, speed: bool) -> bool:
     """Everything, written after every model by rank 0; False if something failed or was left out."""
     results: dict[str, list[Row]] = {"correctness": [], "speed": []}
     whole = True
     batches, new_tokens = (TINY_BATCHES, TINY_NEW_TOKENS) if tiny else (BATCHES, NEW_TOKENS)
+    if not speed:
+        batches = ()
     with tempfile.TemporaryDirectory() as scratch:
         for i, shape in enumerate(shapes(tiny)):
             # A rank saves what all load: they are processes of one host.
             folder = Path(_of_rank_0(f"{scratch}/{i}"))
+            alone = None
             if dist.get_rank() == 0:
-                build(shape, torch.device("cpu" if tiny else "cuda"), torch.float32).save_pretrained(folder)
-            dist.barrier()
-            rows = list(correctness(shape, folder, 2))
+                model = build(shape, torch.device("cpu" if tiny else "cuda"), torch.float32)
+                alone = said(model, 2)
+                model.save_pretrained(folder)
+                del model
+            rows = list(correctness(shape, folder, 2, _of_rank_0(alone)))
             passed = all(row["passed"] for row in rows)
             results["correctness"] += rows
             whole &= passed
@@ -177,6 +206,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="folder for tp.json and results.md")
     parser.add_argument("--seconds", type=float, default=490, help="no new row after so long")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--no-speed", action="store_true", help="only whether every side is right")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     if arguments.dry_run:
@@ -186,7 +216,7 @@ def main() -> int:
         dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
     try:
         with torch.no_grad():
-            return 0 if run(arguments.out, arguments.dry_run, deadline) else 1
+            return 0 if run(arguments.out, arguments.dry_run, deadline, not arguments.no_speed) else 1
     finally:
         dist.destroy_process_group()
 

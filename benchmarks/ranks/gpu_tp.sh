@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Tensor parallelism on two GPUs of one host (NCCL), from the repository's root: correctness first, then decode ms.
+# Two GPUs of one host, from the repository's root: a model over both in one process, then tensor-parallel ranks (NCCL);
+# correctness first, then decode ms.
 #
-#   bash benchmarks/ranks/gpu_tp.sh [--out FOLDER] [--ranks N] [--limit SECONDS] [--dry-run]
+#   bash benchmarks/ranks/gpu_tp.sh [--out FOLDER] [--ranks N] [--limit SECONDS] [--no-speed] [--dry-run]
 #
-# Ends within --limit seconds (520); what was measured by then is kept. --dry-run runs the same code on the CPU (gloo)
-# at tiny sizes. Nothing is installed; what is on PYTHONPATH is used. Exit code 1 if anything was wrong or cut short.
+# Ends within --limit seconds (520); what was measured by then is kept. --no-speed takes some three minutes. --dry-run runs
+# the same code on the CPU (gloo) at tiny sizes. Nothing is installed; what is on PYTHONPATH is used. Exit code 1 if
+# anything was wrong or cut short.
 set -u
 cd "$(dirname "$0")/../.."
-out=benchmarks/results/$(date -u +%Y-%m-%d)-tp ranks=2 limit=520 dry=()
+out=benchmarks/results/$(date -u +%Y-%m-%d)-tp ranks=2 limit=520 dry=() speed=() failed=()
 while [ $# -gt 0 ]; do
   case $1 in
     --out) out=${2:?--out needs a folder}; shift ;;
     --ranks) ranks=${2:?--ranks needs a number}; shift ;;
     --limit) limit=${2:?--limit needs seconds}; shift ;;
+    --no-speed) speed=(--no-speed) ;;
     --dry-run) dry=(--dry-run); export CUDA_VISIBLE_DEVICES= ;;
     *) echo "unknown argument $1: see the head of $0" >&2; exit 2 ;;
   esac
@@ -20,9 +23,12 @@ while [ $# -gt 0 ]; do
 done
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 export TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
+python=${PYTHON:-python3}
 mkdir -p "$out"
-timeout -k 10 "$limit" "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
-  --module benchmarks.ranks.gpu_tp --out "$out" --seconds "$((limit - 30))" "${dry[@]}"
-code=$?
+timeout -k 10 "$((limit / 3))" "$python" -m benchmarks.ranks.gpu_map --out "$out" "${dry[@]}" || failed+=("gpu_map ($?)")
+left=$((limit - SECONDS))
+timeout -k 10 "$left" "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" \
+  --module benchmarks.ranks.gpu_tp --out "$out" --seconds "$((left - 30))" "${speed[@]}" "${dry[@]}" ||
+  failed+=("gpu_tp ($?)")
 [ -f "$out/results.md" ] && cat "$out/results.md"
-[ $code -eq 0 ] || { echo "FAILED ($code)"; exit 1; }
+[ ${#failed[@]} -eq 0 ] || { echo "FAILED: ${failed[*]}"; exit 1; }

@@ -92,35 +92,42 @@ HEAD = (
 )
 
 
+STYLES = {"off": ("not split", "--", 9), "on": ("split", "-", 5)}  # words, line, size of the markers: off surrounds on
+
+
+def _style(number: int, side: str) -> dict[str, Any]:
+    _, line, size = STYLES[side]
+    face = {"markerfacecolor": "none"} if side == "off" else {}
+    return {"color": f"C{number}", "marker": "o", "linestyle": line, "markersize": size, **face}
+
+
 def plot(step: Step, layers: int, path: Path) -> None:
-    """State moved and bytes received by the number of ranks, a line a batch and side."""
+    """State moved, bytes received and collectives by the number of ranks, a line a batch and side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     panels: tuple[tuple[str, str], ...] = (
         ("state_moved", "state read and written, MB"),
         ("received", "received from other ranks, MB"),
         ("collectives", "collectives"),
     )
     for axis, (name, label) in zip(axes, panels, strict=True):
-        for batch in BATCHES[:1] if name == "collectives" else BATCHES:
+        ranks = RANKS[1:] if name == "received" else RANKS  # one rank receives nothing
+        for number, batch in enumerate(BATCHES[:1] if name == "collectives" else BATCHES):
             for side in SIDES:
                 scale = layers / (1 if name == "collectives" else 1e6)
-                values = [scale * getattr(step.cost(batch, P, side), name) for P in RANKS]
-                style: dict[str, Any] = {"marker": "o", "linestyle": "-" if side == "on" else "--"}
-                axis.plot(RANKS, values, label=f"batch {batch}, {side}", **style)
-        axis.set(xlabel="ranks", ylabel=f"{label}, a token", xscale="log", xticks=RANKS, xticklabels=RANKS)
+                values = [scale * getattr(step.cost(batch, P, side), name) for P in ranks]
+                axis.plot(ranks, values, label=f"batch {batch}, heads {STYLES[side][0]}", **_style(number, side))
+        axis.set(xlabel="ranks", ylabel=f"{label}, a token", xscale="log", xticks=ranks, xticklabels=ranks)
         if name == "collectives":
             axis.set_ylim(0, None)
         else:
-            axis.set_yscale("symlog", linthresh=0.01)  # one rank receives nothing
-            axis.set_ylim(0, 3 * axis.get_ylim()[1])
+            axis.set_yscale("log")
         axis.minorticks_off()
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

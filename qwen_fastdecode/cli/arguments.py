@@ -39,6 +39,7 @@ class Exit(IntEnum):
     CRASHED = 6
     OUT_OF_MEMORY = 7
     INTERRUPTED = 130
+    UNREAD = 141  # as a shell says it of a process that SIGPIPE ended
 
 
 COMPARE = """\
@@ -131,8 +132,8 @@ def _add_run(subparsers: Any) -> None:
     add = parser.add_argument
     add("--backend", choices=BACKENDS, default="auto", help="of the patch (default: auto)")
     add("--no-strict", dest="strict", action="store_false", help="leave what cannot be patched to Transformers")
-    add("--cuda-graph", action="store_true", help="decode steps of generate as one CUDA graph (docs/cuda-graph.md)")
-    add("--deferred-state", action="store_true", help="states written every N-th step (docs/deferred-state.md)")
+    add("--cuda-graph", action="store_true", help="decode steps as one CUDA graph: docs/cuda-graph.md")
+    add("--deferred-state", action="store_true", help="states every N-th step: docs/deferred-state.md")
     add("--report", action="store_true", help="print the table of layers and counters to stderr at the end")
     add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
     add("program", nargs=argparse.REMAINDER, metavar="SCRIPT", help="a script, or a folder or zip with a __main__.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,9 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "run":  # another program: what it raises is its own
         return int(args.run(args))
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except (BadInput, PatchError) as error:
         print(f"qwen-fastdecode: {' '.join(str(error).split())}", file=sys.stderr)
         return Exit.BAD_INPUT
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
+    except BrokenPipeError:  # whoever read has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more
+        return Exit.UNREAD

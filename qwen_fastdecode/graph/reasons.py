@@ -37,7 +37,6 @@ class Eager(str, Enum):
     DIFFERS = "the first replay differed from the eager step"
     NOT_FASTER = "replaying was no faster than the eager step"
     CHANGING = "the model or its cache kept changing during the call"
-    INPUTS = "the step's inputs changed in kind"
     UNPATCHED = "the patch was taken off during the call"
 
     def __str__(self) -> str:

@@ -319,6 +319,30 @@ def test_an_interrupt_in_the_first_seconds_ends_it_in_silence(tmp_path: Path) ->
     assert (command.returncode, errors) == (-signal.SIGINT, "")
 
 
+def test_whoever_stops_reading_gets_no_traceback() -> None:
+    program = """
+import sys
+import qwen_fastdecode.cli.arguments as arguments
+import qwen_fastdecode.cli.main as cli
+
+arguments._command = lambda module: lambda args: print("a line") or 0
+sys.exit(cli.main(["doctor"]))
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with os.fdopen(writing) as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_help_and_version_import_nothing_heavy() -> None:
     for arguments in (["--help"], ["--version"], *([name, "--help"] for name in ("compare", "doctor", "run"))):
         program = f"""

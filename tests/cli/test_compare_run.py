@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from models import judge_upstream
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +25,7 @@ from qwen_fastdecode.cli.compare import run
 from qwen_fastdecode.cli.compare.generation import encode, forced_logits, generate
 from qwen_fastdecode.cli.compare.layerwise import LayerwiseCheck
 from qwen_fastdecode.cli.compare.memory import decode_step_bytes
-from qwen_fastdecode.cli.compare.plot import draw
+from qwen_fastdecode.cli.compare.plot import draw, draw_ratios
 from qwen_fastdecode.cli.compare.result import PATCHED, UPSTREAM, SideFailed
 from qwen_fastdecode.cli.compare.run import compare, total_runs
 from qwen_fastdecode.cli.compare.sides import Settings, Sides
@@ -249,6 +252,24 @@ def test_memory_of_a_step_sees_a_temporary(monkeypatch: pytest.MonkeyPatch) -> N
         fat = decode_step_bytes(model, batch)
     assert 0 < lean < 1_000_000
     assert 9_000_000 < fat < 11_000_000
+
+
+@pytest.mark.parametrize(
+    ("slowest", "fastest", "ticks"),
+    [(2.1, 11.0, ["1x", "2x", "5x", "10x"]), (1.1, 1.9, ["1x", "1.2x", "1.4x", "1.6x", "1.8x"])],
+)
+def test_ticks_of_ratios_stand_apart(slowest: float, fastest: float, ticks: list[str]) -> None:
+    ratios = [slowest, fastest]
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    draw_ratios(
+        axes, SimpleNamespace(ratio=SimpleNamespace(min=slowest, max=fastest, median=slowest), step_ratios=ratios)
+    )
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    shown = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    assert [label.get_text() for tick, label in shown if low <= tick <= high] == ticks
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
+from qwen_fastdecode.graph.reasons import Eager
 from qwen_fastdecode.reasons import Reason
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,3 +33,5 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_every_reason_that_status_may_name_is_explained() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     assert [reason.value for reason in Reason if f"| `{reason.value}` |" not in page] == []
+    page = (ROOT / "docs" / "cuda-graph.md").read_text(encoding="utf-8")
+    assert [reason.value for reason in Eager if f"`{reason.value}`" not in page] == []

@@ -31,6 +31,12 @@ def test_a_chat_that_streams(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) > 4
 
 
+def test_a_chat_without_a_template_says_what_to_do() -> None:
+    done = python(EXAMPLES / "chat.py", TINY)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"{TINY} has no chat template; batch.py takes plain prompts"
+
+
 def test_a_batch_job(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The for statement is\n\nA class\n")

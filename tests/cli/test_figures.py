@@ -62,12 +62,14 @@ def whole_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         measured("fla", 1, 20),
         {"model": MODEL, "side": "fla", "batch": 8, "prompt": 16, "error": "out of memory"},
         measured("cuda_graph", 1, 60),
-        {"model": MODEL, "side": "compiled", "batch": 1, "prompt": 16, "error": "a reason"},
+        {"model": MODEL, "side": "compiled", "batch": 1, "prompt": 16, "error": "a reason. And more\nof it"},
     ]
     folder = tmp_path / tables.SOURCES["models"]
     folder.mkdir()
     file = {"machine": {**machine, "date": "today", "kernel": "abc"}, "results": rows}
     (folder / "generate-dense.json").write_text(json.dumps(file), encoding="utf-8")
+    said = [{"side": "patched", "right": False, "equal": same, "logits": 0.02 + 0.01 * same} for same in (False, True)]
+    (folder / "tokens-dense.json").write_text(json.dumps({"results": said}), encoding="utf-8")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
 
 
@@ -82,7 +84,14 @@ def test_a_table_of_sides_says_how_many_times_and_leaves_out_what_was_not_measur
         "| patched, cuda_graph=True | 60 | 800 |",
         "| ... times Transformers / with fla | 6.00 / 3.00 | 8.00 / - |",
     ]
-    assert lines[7] == ""  # no row for compiled models
+    assert lines[7:12] == [  # no row for compiled models
+        "",
+        "- No speed: patched, dense: in float32 its logits are up to 3.0e-02 from Transformers', its tokens not the "
+        "same.",
+        "- No speed: Transformers + flash-linear-attention, dense, batch 8: out of memory.",
+        "- No speed: Transformers, compiled, dense, batch 1: a reason.",
+        "",
+    ]
     assert "| Transformers | 0.50 / 2.0 | 0.50 / 2.0 |" in " ".join(tables.first_tokens().split())
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.checks import gpu_report
+from benchmarks.checks.gpu_report import KeptRows
 from benchmarks.models import gpu_generate, gpu_tokens
 from benchmarks.models.gpu_models import MODELS, build
 from benchmarks.models.sides import SIDES, chosen, source_of
@@ -19,11 +21,15 @@ SOME = {name: SIDES[name] for name in ("eager", "patched", "compiled")}
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]], **machine: str) -> None:
-    about = {**gpu_generate.machine(), **machine}
+    about = {**gpu_report.machine(), **machine}
     (folder / f"{name}.json").write_text(json.dumps({"machine": about, "results": rows}))
 
 
-def test_tokens_of_every_side_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def kept(folder: Path, name: str = "tokens-dense") -> KeptRows:
+    return KeptRows(str(folder), name, lambda row: True)
+
+
+def test_tokens_of_every_side_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = gpu_tokens.generate
 
     def wrong(model: Any, *args: Any) -> Any:
@@ -34,7 +40,7 @@ def test_tokens_of_every_side_are_judged(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(gpu_tokens, "generate", wrong)
     with torch.no_grad():
-        rows = [*gpu_tokens.rows(build(TINY, CPU, torch.float32), "tiny", SOME, 12)]
+        rows = [*gpu_tokens.rows(build(TINY, CPU, torch.float32), "tiny", SOME, 12, kept(tmp_path))]
     assert [(row["side"], row["batch"], row["right"]) for row in rows] == [
         ("eager", 3, True),
         ("patched", 3, True),
@@ -42,6 +48,30 @@ def test_tokens_of_every_side_are_judged(monkeypatch: pytest.MonkeyPatch) -> Non
         ("eager", 1, True),
         ("patched", 1, True),
     ]
+
+
+def test_tokens_that_are_there_are_not_made_again(tmp_path: Path) -> None:
+    rows = [{"model": "tiny", "side": side, "batch": 3, "right": False} for side in ("eager", "compiled")]
+    write(tmp_path, "tokens-dense", [*rows, {"model": "tiny", "side": "patched", "batch": 3, "error": "memory"}])
+    with torch.no_grad():
+        found = [*gpu_tokens.rows(build(TINY, CPU, torch.float32), "tiny", SOME, 12, kept(tmp_path))]
+    assert [(row["side"], row["batch"]) for row in found] == [("patched", 3), ("eager", 1), ("patched", 1)]
+
+
+def test_choices_of_experts_are_those_of_transformers_alone() -> None:
+    model = build(MODELS["experts"](4, True), CPU, torch.float32)
+    inputs, choices = gpu_generate.prompts(model, 2, 4), gpu_tokens.Choices()
+    with torch.no_grad(), gpu_tokens.recorded_choices(model, choices):
+        expected = gpu_tokens.logits_of(model, inputs)
+    for module in model.modules():
+        if type(module).__name__.endswith("TopKRouter"):
+            module.weight.data.neg_()  # every other choice
+    with torch.no_grad():
+        assert gpu_tokens.distance(gpu_tokens.logits_of(model, inputs), expected) > 1e-2
+        with gpu_tokens.replayed_choices(model, choices):
+            assert torch.equal(gpu_tokens.logits_of(model, inputs), expected)
+        with pytest.raises(AssertionError, match="128 choices"), gpu_tokens.replayed_choices(model, choices):
+            pass
 
 
 def test_a_side_that_is_wrong_once_or_not_proved_has_no_speed(
@@ -63,12 +93,14 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
         {"batch": 1, "side": "eager", "rounds_ms": [7.3, 9, 7]},
         {"batch": 1, "side": "patched", "error": "memory"},
         {"batch": 1, "side": "compiled", "rounds_ms": [7, 9]},  # of a busy host
+        {"batch": 1, "side": "fla", "rounds_ms": [7, 9]},  # not asked for now
     ]
+    rows = [{"model": "tiny", **row} for row in rows]
     write(tmp_path, "generate-dense", rows)
-    results = gpu_generate.Results(str(tmp_path), "dense")
+    results = KeptRows(str(tmp_path), "generate-dense", gpu_generate.done)
     gpu_generate.measure(build(TINY, CPU, torch.bfloat16), "tiny", "dense", {**SOME}, (1,), results)
-    kept, *new = json.loads((tmp_path / "generate-dense.json").read_text())["results"]
-    assert kept == rows[0]
+    first, second, *new = json.loads((tmp_path / "generate-dense.json").read_text())["results"]
+    assert [first, second] == [rows[0], rows[3]]
     assert [(row["batch"], row["side"]) for row in new] == [(1, "patched"), (1, "compiled")]
     assert all(gpu_generate.settled(row["rounds_ms"]) and len(row["first_call_ms"]) == 99 for row in new)
     assert all(0 < row["first_s"] < row["hundredth_s"] and row["logits"] < 0.15 for row in new)
@@ -76,9 +108,9 @@ def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
-    write(tmp_path, "generate-dense", [], torch="1.0")
-    with pytest.raises(ValueError, match=r"generate-dense.json is of torch 1\.0, not"):
-        gpu_generate.Results(str(tmp_path), "dense")
+    write(tmp_path, "tokens-dense", [], torch="1.0")
+    with pytest.raises(ValueError, match=r"tokens-dense.json is of torch 1\.0, not"):
+        kept(tmp_path)
 
 
 def test_logits_of_another_text_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

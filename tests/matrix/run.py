@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import tomllib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks
 from environments import newest_release, python_of
 from packaging.version import Version
 from rich.console import Console

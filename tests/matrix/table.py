@@ -9,6 +9,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.markdown import table
+
 OK, FAILED = "ok", "**FAILS**"
 CASE = re.compile(r"test_(?:feature\[(?P<case>.+)\]|(?P<lifecycle>lifecycle)\[(?P<family>.+)\])")
 
@@ -70,26 +72,23 @@ def render(results: list[Result], features: list[str], families: list[str], how:
         "",
     ]
     for family in families:
-        lines += [f"## {family}", "", f"| Transformers | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        rows = [
-            (result.release, [_show(result.cells.get((family, column)), result, notes) for column in columns])
-            for result in results
-        ]
-        for cells, alike in itertools.groupby(rows, key=lambda row: row[1]):
-            lines.append(f"| {_range([release for release, _ in alike])} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += ["## All tests that were run", "", "| Transformers | passed | failed |", "|---|---|---|"]
-    counts = [(x.release, f"{x.passed} | {len(x.failed)}{'; ' + x.trouble if x.trouble else ''}") for x in results]
-    for count, same in itertools.groupby(counts, key=lambda row: row[1]):
-        releases = [release for release, _ in same]
-        lines.append(f"| {_range(releases)} | {count}{' each' if len(releases) > 1 else ''} |")
+        cells = [[_show(x.cells.get((family, column)), x, notes) for column in columns] for x in results]
+        lines += [f"## {family}", "", table(["Transformers", *columns], _alike(results, cells)), ""]
+    counts = [[str(x.passed), f"{len(x.failed)}{'; ' + x.trouble if x.trouble else ''}"] for x in results]
+    head = ["Transformers", "passed, of each", "failed"]
+    lines += ["## All tests that were run", "", table(head, _alike(results, counts))]
     lines += ["", "## What upstream raises", ""]
     lines += [f"{number}. `{text}`" for text, number in notes.items()]
     return "\n".join(lines) + "\n"
 
 
-def _range(releases: list[str]) -> str:
-    return releases[0] if len(releases) == 1 else f"{releases[0]} to {releases[-1]}"
+def _alike(results: list[Result], cells: list[list[str]]) -> list[list[str]]:
+    """A row a range of releases that have the same cells."""
+    rows = []
+    for own, found in itertools.groupby(zip(results, cells, strict=True), key=lambda row: row[1]):
+        releases = [result.release for result, _ in found]
+        rows.append([releases[0] if len(releases) == 1 else f"{releases[0]} to {releases[-1]}", *own])
+    return rows
 
 
 def _show(outcome: str | None, result: Result, notes: dict[str, int]) -> str:

@@ -19,8 +19,12 @@ def test_dry_run(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Correctness, float32, three turns: 4 of 4 passed." in done.stdout
+    assert "Correctness, float32, three turns, against one process: 8 of 8 passed." in done.stdout
     results = json.loads((tmp_path / "tp.json").read_text())["results"]
-    assert [(row["side"], row["passed"]) for row in results["correctness"]] == [("off", True), ("on", True)] * 2
+    sides = ("unpatched", "off", "on", "cuda_graph=True")
+    assert [(row["side"], row["passed"]) for row in results["correctness"]] == [(side, True) for side in sides] * 2
+    one_process = json.loads((tmp_path / "map.json").read_text())["results"]
+    sides = ("unpatched", "patched", "cuda_graph=True")
+    assert [(row["side"], row["passed"]) for row in one_process] == [(side, True) for side in sides] * 2
     counted = [(row["side"], row["collectives"]) for row in results["speed"] if row["ms"] > 0]
     assert counted == [("unpatched", 5), ("off", 5), ("on", 3), ("unpatched", 3), ("off", 3), ("on", 2)]

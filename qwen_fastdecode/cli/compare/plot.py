@@ -8,12 +8,13 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .render import title
 from .result import Comparison, Side, Speed
 
 _COLORS = {"Transformers": "#b35806", "with the patch": "#1f6fb4"}
+WIDE = 5  # times from the lowest ratio to the highest: steps of equal size would stand upon one another at the end
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -56,7 +57,8 @@ def draw_ratios(axes: Any, speed: Speed) -> None:
     axes.axvspan(ratio.min, ratio.max, alpha=0.2, color=_COLORS["with the patch"])
     label = f"repeats: {ratio.median:.2f}x ({ratio.min:.2f}x to {ratio.max:.2f}x)"
     axes.axvline(ratio.median, color=_COLORS["with the patch"], label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    wide = max(1, highest) > WIDE * min(1, lowest)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="Transformers' time / patched time", ylabel="steps", title="ratio (above 1: the patch is faster)")
