@@ -33,6 +33,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "states": tables.states,
     "deferred": tables.deferred,
     "deferred steps": tables.deferred_steps,
+    "deferred gain": tables.deferred_gain,
 }
 
 

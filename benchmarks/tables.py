@@ -20,7 +20,7 @@ SOURCES = {
     "ranks": "h100x2-2026-11-24",
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
-    "deferred": "h100-2026-11-26-deferred",  # deferred-op.json and deferred-models.json
+    "deferred": "h100-2026-11-26-deferred-8",  # deferred-op.json and deferred-models.json
 }
 MODELS = {
     "qwen3_5, hidden 2560, 32 layers": "dense: Qwen3.5-4B's shape",
@@ -282,6 +282,22 @@ def deferred() -> str:
     head = ["way", "sequences", "tokens per second", "... deferred", "gain", "slowest token, without and with"]
     text = table(head, sorted(lines, key=lambda line: ("bfloat16" in line[0], "patched" in line[0], int(line[1]))))
     return f"{text}\n\n{machine(data['machine'])}; Qwen3.5-4B's shape, random weights."
+
+
+def deferred_gain() -> str:
+    """What it adds to captured decoding, in a sentence."""
+    rows = load("deferred", "deferred-models.json")["results"][1:]
+    gains = {
+        row["batch"]: row["tokens a second"]["captured, deferred"] / row["tokens a second"]["captured"]
+        for row in rows
+        if "captured, deferred" in row["tokens a second"]
+    }
+    batches = sorted(gains)
+    said = ", ".join(times(gains[batch]) for batch in batches)
+    return (
+        f"`deferred_state=True`, which writes a state at every 8th step only, decodes {said} as many tokens on top of that "
+        f"at batch {', '.join(map(str, batches))} (the dense model; [when it is worth it](docs/deferred-state.md))."
+    )
 
 
 def _pairs(sides: list[str]) -> list[tuple[str, str]]:
