@@ -292,11 +292,11 @@ def deferred_gain() -> str:
         for row in rows
         if "captured, deferred" in row["tokens a second"]
     }
-    batches = sorted(gains)
-    said = ", ".join(times(gains[batch]) for batch in batches)
+    *most, last = sorted(gains)
+    said = f"{', '.join(times(gains[batch]) for batch in most)} and {times(gains[last])}"
     return (
-        f"`deferred_state=True`, which writes a state at every 8th step only, decodes {said} as many tokens on top of that "
-        f"at batch {', '.join(map(str, batches))} (the dense model; [when it is worth it](docs/deferred-state.md))."
+        f"On top of that, `deferred_state=True` writes a state only at every 8th step: {said} the tokens at batch "
+        f"{', '.join(map(str, most))} and {last} of the dense model ([more](docs/deferred-state.md))."
     )
 
 
