@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, build, cache_tensors, forward, generate, linear_layers
+from models import FAMILIES, FEW_HEADS, LINEAR, build, cache_tensors, forward, generate, linear_layers
 from small_rings import N, small_rings
 from tolerances import BFLOAT16_STATE, FLOAT32_MODEL, relative_rms
 from torch import Tensor
@@ -255,7 +255,7 @@ def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:
 
 @pytest.mark.parametrize("between", [read, pytest.param(several_tokens, marks=pytest.mark.slow), reset])
 def test_by_the_kernels(between: Read) -> None:
-    model = build()
+    model = build(**FEW_HEADS)
     logits, held = story(model, between, N + 1)
     patch(model, "triton")
     found, holds = story(model, between, N + 1)
@@ -307,7 +307,7 @@ def test_every_family_says_the_same(family: str) -> None:
     "options", [{}, pytest.param({"cache_implementation": "static", "disable_compile": True}, marks=pytest.mark.slow)]
 )
 def test_generating_with_the_kernels(options: dict[str, Any]) -> None:
-    model = build()
+    model = build(**FEW_HEADS)
     expected = generate(model, 14, **options)
     patch(model, "triton")
     assert torch.equal(generate(model, 14, **options), expected)
