@@ -86,14 +86,15 @@ def _eager_reason() -> Reason | None:
 
 def _usable_parts(plan: Plan, layer: Any, device: torch.device) -> Parts | Reason:
     """The layer's parts, if a fast step may stand in for them now."""
-    known = None if torch.compiler.is_compiling() else plan.known  # Dynamo guards what a full look reads
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else plan.known  # Dynamo guards what a full look reads
     same = None if known is None else known.parts_of(layer)
     parts = _checked_parts(plan, layer) if same is None else same
     if isinstance(parts, Reason):
         return parts
-    for owner, name, function in plan.replaced:
-        if getattr(owner, name, None) is not function:
-            return Reason.CHANGED_UPSTREAM
+    lookups = plan.lookups
+    if not (lookups.find_the_same_in_a_graph() if compiling else lookups.find_the_same()):
+        return Reason.CHANGED_UPSTREAM
     if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
         return Reason.GLOBAL_HOOKS
     if _is_hooked(parts.conv1d) or _is_hooked(parts.norm):

@@ -29,11 +29,10 @@ def _functions(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: function for name, function in found.items() if callable(function)}
 
 
-# What upstream stores and reads states with. A fast step goes past it, so it must be what it was.
-_OF_CACHE = _functions(
-    _Cache,
-    ("update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "is_recording_past"),
-)
+# What upstream stores and reads states with. A fast step goes past it, so it must be what it was. From 5.21 on it asks
+# for the states, and before whether there are any.
+_ASKED = ("get_conv_state", "get_recurrent_state") if hasattr(_Cache, "get_conv_state") else ("has_previous_state",)
+_OF_CACHE = _functions(_Cache, ("update_conv_state", "update_recurrent_state", "is_recording_past", *_ASKED))
 _OF_LAYER = _functions(_Layer, ("update_conv_state", "update_recurrent_state"))
 
 

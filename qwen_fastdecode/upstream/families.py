@@ -55,7 +55,9 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
+GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}  # upstream's names of activations -> ours
 _PLAIN = frozenset((Tensor, nn.Parameter))
+KEPT_FUNCTIONS = ("causal_conv1d_update", "recurrent_gated_delta_rule")  # on a layer, up to 5.14; it calls them
 
 
 class Parts(NamedTuple):
@@ -159,8 +161,7 @@ class Family:
             # By class and by instance: Dynamo finds no function under a bound method.
             None if self.reordering is None else getattr(type(layer), self.reordering),
             self.reordering in has,
-            has.get("causal_conv1d_update"),  # up to 5.14 a layer keeps the functions that it calls
-            has.get("recurrent_gated_delta_rule"),
+            *map(has.get, KEPT_FUNCTIONS),
         )
 
 
@@ -242,7 +243,7 @@ def read_norm(norm: Any) -> GatedNorm | None:
     eps = _epsilon(norm)
     if not type(norm).__name__.endswith("RMSNormGated") or eps is None or getattr(norm, "bias", None) is not None:
         return None
-    gate = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}.get(getattr(norm, "activation", "silu"))
+    gate = GATES.get(getattr(norm, "activation", "silu"))
     return None if gate is None else GatedNorm(float(eps), gate)
 
 

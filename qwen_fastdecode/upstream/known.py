@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .families import Family, Parts
+from .families import KEPT_FUNCTIONS, Family, Parts
 
 _PARAMETERS = ("A_log", "dt_bias")
 _WEIGHTS = ("weight", "bias")  # of conv1d and of the norm
@@ -27,8 +27,7 @@ _OF_LAYER = (
     "head_k_dim",
     "head_v_dim",
     "conv_kernel_size",
-    "causal_conv1d_update",
-    "recurrent_gated_delta_rule",
+    *KEPT_FUNCTIONS,
 )
 _OF_NORM = ("variance_epsilon", "eps", "activation")
 

@@ -228,6 +228,19 @@ class ReadDoubledCache(DynamicCache):
         return None if state is None else 2 * state
 
 
+class DenyingCache(DynamicCache):
+    """Says that there is no past, so that each token is a prompt."""
+
+    def has_previous_state(self, *args: Any, **options: Any) -> bool:
+        return False
+
+
+def cache_that_denies_its_past(model: PreTrainedModel) -> list[Tensor]:
+    cache = DenyingCache(config=model.config)
+    forward(model, PROMPT, cache)
+    return step(model, cache)
+
+
 def cache_that_reads_otherwise(model: PreTrainedModel) -> list[Tensor]:
     cache = ReadDoubledCache(config=model.config)
     forward(model, PROMPT, cache)
@@ -473,6 +486,8 @@ CASES = [
     Case(Reason.CHANGED_UPSTREAM, change=doubled(module_of, "torch_recurrent_gated_delta_rule")),
     Case(Reason.CHANGED_UPSTREAM, change=doubled(lambda layer: nn.functional, "softplus")),
 ]
+if callable(getattr(Cache, "has_previous_state", None)) and not hasattr(Cache, "get_conv_state"):  # 5.5 to 5.20 ask it
+    CASES.append(Case(Reason.UNKNOWN_CACHE, cache_that_denies_its_past))
 
 
 # By some or all releases.
