@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,12 +20,14 @@ from ..steps.split import SplitStep, split_heads
 from ..upstream.families import FAMILIES, GATES, KEPT_FUNCTIONS, Family, HeadSizes, read_norm
 from ..upstream.known import Known
 from ..upstream.lookups import Lookups, is_activation, lookups_of
+from ..upstream.protocols import GatedDeltaNet
 from ..upstream.seams import Upstream
 from ..upstream.sharding import ranks_of
 from .install import original_forward
 
 # Whose functions upstream calls in a decode step.
 _PACKAGES = ("transformers", "fla", "causal_conv1d", "kernels")
+Strategy = FullStep | SplitStep | DeferredStep
 _counting = threading.Lock()
 
 
@@ -59,13 +61,19 @@ class Plan:
     """
 
     def __init__(
-        self, layer: Any, name: str, upstream: Upstream, sizes: HeadSizes, settings: Settings, strategy: Any
+        self,
+        layer: GatedDeltaNet,
+        name: str,
+        upstream: Upstream,
+        sizes: HeadSizes,
+        settings: Settings,
+        strategy: Strategy,
     ) -> None:
         self.name = name
         self.family: Family = FAMILIES[upstream.family]
         self.sizes = sizes
         self.settings = settings
-        self.strategy: FullStep | SplitStep | DeferredStep = strategy
+        self.strategy = strategy
         self.facts = self.family.facts(layer)
         self.known: Known | None = None  # the layer as the last call found it, when it was all right
         self.lookups = _lookups(layer, self.family, upstream)
@@ -87,7 +95,7 @@ class Plan:
         """Memory beside the states of living caches: 0 but where they are deferred."""
         return self.strategy.ring_bytes if isinstance(self.strategy, DeferredStep) else 0
 
-    def holds_for(self, layer: Any) -> bool:
+    def holds_for(self, layer: GatedDeltaNet) -> bool:
         """Whether the layer, and upstream's functions, are still what the plan was made from."""
         return self.family.facts(layer) == self.facts and self.lookups.find_the_same()
 
@@ -111,7 +119,7 @@ class Plan:
         return type(None), ()
 
 
-def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> Plan | str:
+def make_plan(layer: GatedDeltaNet, name: str, upstream: Upstream, settings: Settings) -> Plan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
     family = FAMILIES[upstream.family]
     missing = family.missing_parts(layer)
@@ -130,7 +138,9 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
         return problem
     recipe = Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, family.beta_scale(layer))
     full = FullStep(family, sizes, recipe, Backends(settings.backend))
-    strategy: Any = full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    strategy: Strategy = (
+        full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    )
     if settings.deferred_state:
         if strategy.splits_heads:
             return "deferred_state=True is not for heads split over ranks: pass head_parallel='off'"
@@ -138,7 +148,7 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
     return Plan(layer, name, upstream, sizes, settings, strategy)
 
 
-def _lookups(layer: Any, family: Family, upstream: Upstream) -> Lookups:
+def _lookups(layer: GatedDeltaNet, family: Family, upstream: Upstream) -> Lookups:
     """Of upstream's forward, and of the functions that a layer keeps, up to 5.14."""
     kept = [vars(layer).get(name) for name in KEPT_FUNCTIONS]
     _, norm = family.read_modules(layer)
@@ -147,7 +157,7 @@ def _lookups(layer: Any, family: Family, upstream: Upstream) -> Lookups:
     return lookups_of(functions, (type(norm),), tuple(activations))
 
 
-def _problem(layer: Any, family: Family, sizes: HeadSizes) -> str | None:
+def _problem(layer: GatedDeltaNet, family: Family, sizes: HeadSizes) -> str | None:
     """What about the layer's own parts the op does not compute."""
     conv1d, norm = family.read_modules(layer)
     if conv1d.bias is not None:
@@ -168,7 +178,7 @@ def _problem(layer: Any, family: Family, sizes: HeadSizes) -> str | None:
     return None
 
 
-def _foreign_parts(layer: Any, family: Family, upstream: Upstream) -> str | None:
+def _foreign_parts(layer: GatedDeltaNet, family: Family, upstream: Upstream) -> str | None:
     """Functions of the layer that a fast step stands in for and that are not upstream's."""
     if family.reordering is not None:
         held = getattr(getattr(layer, family.reordering), "__func__", None)
