@@ -122,7 +122,7 @@ def _is_hooked(module: Module) -> bool:
 
     accelerate puts a hook on every module of a dispatched model; one that only names the execution device is harmless.
     """
-    if module._forward_pre_hooks or module._forward_hooks:
+    if module._forward_pre_hooks or module._forward_hooks or module.__dict__.get("_compiled_call_impl") is not None:
         return True
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:

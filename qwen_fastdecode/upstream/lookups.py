@@ -101,9 +101,9 @@ def _of_step(functions: Sequence[Any], called: Sequence[type], activations: Sequ
 
 
 def _of_class(kind: Any, activations: Sequence[str], seen: set[CodeType]) -> Iterator[Lookup]:
-    """Of a call of a module of this class."""
-    for owner, name in ((kind, "forward"), (kind, "__call__"), (nn.Module, "_call_impl")):
-        yield Lookup(owner, name, getattr(owner, name, None))
+    """Of a call of a module of this class, which looks up the module's parameters."""
+    names = (kind, "forward"), (kind, "__call__"), (nn.Module, "_call_impl"), (nn.Module, "__getattr__")
+    yield from (Lookup(owner, name, getattr(owner, name, None)) for owner, name in names)
     yield from _of_function(getattr(kind, "forward", None), activations, seen)
 
 

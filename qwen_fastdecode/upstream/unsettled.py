@@ -80,6 +80,20 @@ class Unsettled:
             # of protocol 0, as from 2 on pickle compares the layer's class with that of the form.
             return tuple(dict(part) if part is vars(self) else part for part in self.__reduce_ex__(0))
 
+    def __getstate__(self) -> Any:
+        settle(self, by_reader=True)
+        with _of_its_own_class(self):
+            state = self.__getstate__()
+            return dict(state) if state is vars(self) else state
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Who gives the layer another class takes this one away: it owes nothing then, also where a graph holds it."""
+        own: Any = own_class(self)
+        if name == "__class__":
+            settle(self, by_reader=True)
+            settled_by(self)
+        own.__setattr__(self, name, value)
+
     def __copy__(self) -> Any:
         return _copy(self, copy.copy)
 
@@ -160,7 +174,7 @@ def _forget(layer: CacheLayer) -> None:
     vars(layer).pop(_DEBT, None)
     _owing.pop(id(layer), None)
     if isinstance(layer, Unsettled):
-        layer.__class__ = own_class(layer)
+        object.__setattr__(layer, "__class__", own_class(layer))
 
 
 @contextmanager

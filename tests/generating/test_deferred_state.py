@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 import qwen_fastdecode as qf
 from qwen_fastdecode.steps.deferred import HASTY, RingDebt
 from qwen_fastdecode.upstream.caches import ARE_WATCHED
-from qwen_fastdecode.upstream.unsettled import debt_of
+from qwen_fastdecode.upstream.unsettled import debt_of, own_class
 
 pytestmark = [
     pytest.mark.usefixtures(small_rings.__name__),
@@ -138,6 +138,23 @@ def saved(model: PreTrainedModel, cache: Cache) -> Cache:
     return cache
 
 
+def state_dictionary(model: PreTrainedModel, cache: Cache) -> Cache:
+    """Made again by hand, as serializers do that know `__getstate__` (of every object from Python 3.11 on)."""
+    for layer in linear_layers(model):
+        old = cache.layers[layer.layer_idx]
+        new = cache.layers[layer.layer_idx] = own_class(old).__new__(own_class(old))
+        vars(new).update(old.__getstate__() if hasattr(object, "__getstate__") else vars(copy.copy(old)))
+    return cache
+
+
+def another_class(model: PreTrainedModel, cache: Cache) -> Cache:
+    for layer in linear(model, cache):
+        own = own_class(layer)
+        layer.__class__ = type(own.__name__, (own,), {})
+        recurrent(layer).mul_(0.5)
+    return cache
+
+
 def unpatched(model: PreTrainedModel, cache: Cache) -> Cache:
     qf.unpatch(model)
     assert owing(model, cache) == 0
@@ -184,6 +201,8 @@ READERS = [
     original_of_deepcopy,
     pickled,
     saved,
+    state_dictionary,
+    another_class,
     unpatched,
     patched_otherwise,
     with_gradients,

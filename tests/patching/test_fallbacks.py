@@ -394,6 +394,13 @@ def replaced_forward(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def compiled_norm(model: PreTrainedModel) -> Iterator[None]:
+    for layer in linear_layers(model):
+        layer.norm.compile(backend=lambda graph, inputs: lambda *args: [2 * graph(*args)[0]])
+    yield
+
+
+@contextmanager
 def added_bias(model: PreTrainedModel) -> Iterator[None]:
     for layer in linear_layers(model):
         layer.conv1d.bias = nn.Parameter(torch.ones(layer.conv1d.out_channels))
@@ -473,6 +480,7 @@ CASES = [
     Case(Reason.WEIGHT_TYPE, change=subclassed_rates),
     Case(Reason.HOOKED_SUBMODULE, change=doubling_hook),
     Case(Reason.HOOKED_SUBMODULE, change=replaced_forward),
+    Case(Reason.HOOKED_SUBMODULE, change=compiled_norm),
     Case(Reason.CHANGED_LAYER, change=added_bias),
     Case(Reason.CHANGED_LAYER, change=replaced_norm),
     Case(Reason.CHANGED_LAYER, change=setting("larger_epsilon", larger_epsilon)),

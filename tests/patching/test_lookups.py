@@ -82,6 +82,13 @@ def call_of_every_module(replacing: Replacing) -> None:
     replacing.put(nn.Module, "_call_impl", doubled)
 
 
+def attribute_of_every_module(replacing: Replacing) -> None:
+    read = nn.Module.__getattr__
+    replacing.put(
+        nn.Module, "__getattr__", lambda self, name: read(self, name) * 2 if name == "A_log" else read(self, name)
+    )
+
+
 def masking(replacing: Replacing) -> None:
     """Called at every step, mask or none."""
     replacing.double(replacing.module, "apply_mask_to_padding_states")
@@ -117,6 +124,7 @@ CHANGES = [
     code_of_an_activation,
     norms_call,
     call_of_every_module,
+    attribute_of_every_module,
     masking,
     length_of_keys,
     functions_of_the_module,
