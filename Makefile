@@ -21,7 +21,7 @@ demo: $(SLIM)
 	@$(BIN)/qwen-fastdecode compare $(HEADS) --prompts examples/checkpoints/prompts.txt \
 		--batch 8 --new-tokens 16 --repeat 3 --plot build/compare.png
 
-# Some five minutes on two cores: all but what is marked slow.
+# Three to four minutes on two cores: all but what is marked slow.
 test: SELECTED = -m 'not slow'
 test test-all: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(SELECTED)

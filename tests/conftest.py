@@ -8,6 +8,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
 
+import gc
 import importlib.util
 from collections.abc import Iterator
 
@@ -27,6 +28,8 @@ torch.use_deterministic_algorithms(True)  # fills torch.empty and its kin: whoev
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker begins one when the others have nothing left."""
     items.sort(key=lambda item: "slow" not in item.keywords and "ranks" not in item.path.parts)
+    gc.collect()
+    gc.freeze()  # a million objects of imported modules, which each collection would look at, and `patch()` as well
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ COMMON = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
 }
+FEW_HEADS = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}  # for Triton's interpreter: it takes each in turn
 DENSE = {"intermediate_size": 48}
 EXPERTS = {
     "num_experts": 4,

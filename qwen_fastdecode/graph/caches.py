@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import cache_utils
 
+from ..upstream.protocols import AttentionLayer, CacheLayer, ModelCache, TextConfig
 from ..upstream.unsettled import debt_of, owed_tensors, own_class
 
 # Releases before the oldest that is captured (`eligible.OLDEST`) do not have all of them, and nothing is of class None.
@@ -34,7 +35,7 @@ def capacity(length: int, limit: int) -> int:
     return min(room, limit) if length < limit else room
 
 
-def reviewed(cache: Any) -> bool:
+def reviewed(cache: ModelCache) -> bool:
     """Whether the cache consists of layers whose code was read, with a past: no other holds a Python number that
     a replay would not advance (sliding windows do)."""
     return (
@@ -53,7 +54,7 @@ def _reviewed(layer: Any) -> bool:
     return all(state is not None for state in _states(layer))
 
 
-def fits(cache: Any, limit: int) -> bool:
+def fits(cache: ModelCache, limit: int) -> bool:
     """Whether there is memory for the static layers beside what the cache holds, which goes layer by layer."""
     held = [tensor for layer in cache.layers if type(layer) is _Dynamic for tensor in (layer.keys, layer.values)]
     longer = capacity(held[0].shape[-2], limit) / max(1, held[0].shape[-2])
@@ -63,12 +64,12 @@ def fits(cache: Any, limit: int) -> bool:
 class GrowingCache:
     """A StaticCache in the place of the DynamicCache that it was made from."""
 
-    def __init__(self, dynamic: Any, config: Any, limit: int):
+    def __init__(self, dynamic: ModelCache, config: TextConfig, limit: int):
         self._dynamic = dynamic
         self._limit = limit
         self.length = next(layer.keys.shape[-2] for layer in dynamic.layers if type(layer) is _Dynamic)
         self.capacity = capacity(self.length, limit)
-        self.static: Any = cache_utils.StaticCache(config=config, max_cache_len=self.capacity)
+        self.static: ModelCache = cache_utils.StaticCache(config=config, max_cache_len=self.capacity)
         self.static.layers = [self._converted(layer) for layer in dynamic.layers]
 
     def _converted(self, layer: Any) -> Any:
@@ -110,7 +111,7 @@ class GrowingCache:
             layer.max_cache_len = self.capacity
         return True
 
-    def back(self) -> Any:
+    def back(self) -> ModelCache:
         """The DynamicCache that this one was made from, holding what this one holds."""
         for static, dynamic in zip(self.static.layers, self._dynamic.layers, strict=True):
             if type(static) is _Static:
@@ -142,17 +143,17 @@ class GrowingCache:
         for debt in filter(None, map(debt_of, self._linear())):
             debt.release()
 
-    def python_values(self) -> list[Any]:
+    def python_values(self) -> list[dict[str, bool | int | float | str]]:
         """The numbers and flags that layers keep outside of tensors."""
         return [
             {name: value for name, value in vars(layer).items() if isinstance(value, bool | int | float | str)}
             for layer in self.static.layers
         ]
 
-    def _attention(self) -> Iterator[Any]:
+    def _attention(self) -> Iterator[AttentionLayer]:
         return (layer for layer in self.static.layers if type(layer) is _Static)
 
-    def _linear(self) -> Iterator[Any]:
+    def _linear(self) -> Iterator[CacheLayer]:
         return (layer for layer in self.static.layers if type(layer) is not _Static)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -161,7 +162,7 @@ class GrowingCache:
         yield from self.states()
 
 
-def _states(layer: Any) -> list[Tensor]:
+def _states(layer: CacheLayer) -> list[Tensor]:
     """The conv and the recurrent state as they are (from 5.14 on in dictionaries: several a layer)."""
     held = vars(layer)["conv_states"], vars(layer)["recurrent_states"]
     return [state for states in held for state in (states.values() if isinstance(states, dict) else [states])]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..layer.plan import plan_of
 from ..switch import switched_off
+from ..upstream.protocols import CausalLM, ModelCache
 from . import eligible
 from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
 from .capture import Graph, tensors_in, wait
@@ -41,7 +42,7 @@ DISTANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2e-2, torc
 class Call:
     """What `generate` steps through while it samples."""
 
-    def __init__(self, state: State, model: Any, given: dict[str, Any]):
+    def __init__(self, state: State, model: CausalLM, given: dict[str, Any]):
         self.reason: Eager | None = None  # why the steps are eager
         self._state = state
         self._model = model
@@ -76,14 +77,14 @@ class Call:
         offer = self._offer
         if self.eager or self._growing is not None or offer is None:
             return outputs
-        cache = outputs.get(offer.name)
+        cache: ModelCache = outputs.get(offer.name)
         if offer.cache is None or cache is not offer.cache() or not reviewed(cache):
             self._is_eager(Eager.UNKNOWN_CACHE)
         elif all(plan_of(module) is None for module in self._model.modules()):
             self._is_eager(Eager.UNPATCHED)
         elif not fits(cache, offer.limit):
             self._is_eager(Eager.MEMORY)
-        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:  # type: ignore
+        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:
             self._is_eager(Eager.FEW_TOKENS)
         else:
             self._layer = next(module for module in self._model.modules() if plan_of(module) is not None)
@@ -287,7 +288,7 @@ def worth_it(eager_ms: float, replay_ms: float) -> bool:
     return replay_ms < 0.95 * eager_ms
 
 
-def _keeps_grouped(model: Any, batch: int) -> bool:
+def _keeps_grouped(model: CausalLM, batch: int) -> bool:
     """Whether upstream's switch of experts from grouped_mm to batched_mm, which it makes for decoding, is left out."""
     config = model.config.get_text_config(decoder=True)
     grouped = getattr(config, "_experts_implementation", None) == "grouped_mm"

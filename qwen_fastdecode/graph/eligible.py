@@ -10,6 +10,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..switch import switched_off
+from ..upstream.protocols import CausalLM
 from .reasons import Eager
 
 OLDEST = Version("5.13")
@@ -40,7 +41,7 @@ def config_reason(config: Any, mode: Any, use_cache: bool, cache_given: bool) ->
     return None
 
 
-def model_reason(model: Any, synced_ranks: bool) -> Eager | None:
+def model_reason(model: CausalLM, synced_ranks: bool) -> Eager | None:
     """What the model is and how it lies, the cheapest questions first."""
     if Version(transformers.__version__) < OLDEST:
         return Eager.OLD_TRANSFORMERS
@@ -94,7 +95,7 @@ def _is_foreign(hook: Any) -> bool:
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-def _settings_reason(model: Any) -> Eager | None:
+def _settings_reason(model: CausalLM) -> Eager | None:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "_attn_implementation", None) not in ATTENTION:
         return Eager.ATTENTION

@@ -1,20 +1,25 @@
 """What must be as it was when a graph was captured, read before every replay, in C loops as far as Python has them.
 
 A graph holds addresses and whatever Python decided while it was recorded. Values that are written in place (weights
-that a trainer syncs) may change; where tensors are, which modules and hooks there are, and which adapters are active
-may not. Compared are addresses; the tensors seen are held, so that nothing new can come to lie where an old one was.
+that a trainer syncs) may change; where tensors are, which modules and hooks there are, the numbers and texts that these
+and the configuration keep, their code and what it looks up by name, and which adapters are active may not. Compared are
+addresses; the tensors seen are held, so that nothing new can come to lie where an old one was.
 """
 
 from __future__ import annotations
 
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..layer.plan import plan_of
 from ..names import PLAN
+from ..upstream.lookups import lookups_of
+from ..upstream.protocols import CausalLM, TextConfig
 from .norms import StandIn
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
@@ -25,8 +30,12 @@ _ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling"
 class Fingerprint:
     """Of a model: made at a capture, asked before each replay."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: CausalLM):
         modules = [*model.modules()]
+        self._modules = modules
+        self._config = model.config.get_text_config(decoder=True)
+        classes, attention = tuple(dict.fromkeys(map(type, modules))), _attention_of(self._config)
+        self._lookups = lookups_of(() if attention is None else (attention,), classes, ())
         own = [vars(module) for module in modules]
         self._held = [kept["_parameters"] for kept in own if kept["_parameters"]]
         self._held += [kept["_buffers"] for kept in own if kept["_buffers"]]
@@ -34,6 +43,8 @@ class Fingerprint:
         self._hooks = [kept[name] for kept in own for name in ("_forward_pre_hooks", "_forward_hooks")]
         self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
         self._own = own
+        names = [(kept, _values_of(module)) for module, kept in zip(modules, own, strict=True)]
+        self._values = [(itemgetter(*values), kept) for kept, values in names if values]
         self._layers = [(module, plan) for module in modules if (plan := plan_of(module)) is not None]
         self._adapters = [kept for kept in own if "_disable_adapters" in kept]
         # Tensors that are plain attributes (the offsets of multimodal positions), which a prompt's pass replaces.
@@ -43,7 +54,10 @@ class Fingerprint:
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        return self._read() == self._expected
+        try:
+            return self._lookups.find_the_same() and self._read() == self._expected
+        except KeyError:  # an attribute is gone
+            return False
 
     def _tensors(self) -> list[Tensor]:
         held = [tensor for tensor in chain.from_iterable(map(dict.values, self._held)) if tensor is not None]
@@ -54,13 +68,35 @@ class Fingerprint:
             [*map(Tensor.data_ptr, self._tensors())],
             [*map(id, chain.from_iterable(map(dict.values, self._children)))],
             [*map(tuple, self._hooks)],
+            [*map(type, self._modules)],
             [kept["training"] for kept in self._own],
+            [read(kept) for read, kept in self._values],
+            _settings(self._config),
+            _attention_of(self._config),
             # One that stands there while another thread records a step of this model is no change.
             [None if type(own := kept.get("forward")) is StandIn else own for kept in self._own],
             [id(vars(layer).get(PLAN)) for layer, _ in self._layers],
             [plan.holds_for(layer) for layer, plan in self._layers],
             [_adapter(kept) for kept in self._adapters],
         )
+
+
+def _values_of(module: nn.Module) -> list[str]:
+    """The names of a module's numbers and texts: a replay goes on with those that it was recorded with."""
+    if type(module) is nn.Linear:  # nine modules of ten, whose forward reads none
+        return []
+    plain = [name for name, value in vars(module).items() if isinstance(value, _PLAIN) and not name.startswith("_")]
+    return [name for name in plain if name != "training"]
+
+
+def _settings(config: TextConfig) -> dict[str, Any]:
+    """A configuration's own, and of lists what is in them now."""
+    return {name: tuple(value) if type(value) is list else value for name, value in vars(config).items()}
+
+
+def _attention_of(config: TextConfig) -> Any:
+    """The function that attention layers find by its name in Transformers' table; None for their module's own."""
+    return ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
 
 
 def _adapter(kept: dict[str, Any]) -> list[str]:

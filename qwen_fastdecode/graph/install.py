@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation import utils
 from transformers.generation.utils import GenerationMixin
 
+from ..upstream.protocols import CausalLM
 from .call import Call
 from .state import Offer, innermost, state_of
 
@@ -29,7 +30,7 @@ def _prepare_cache(original: Function) -> Function:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
@@ -47,7 +48,7 @@ def _sample(original: Function) -> Function:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         state = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
@@ -60,7 +61,7 @@ def _sample(original: Function) -> Function:
 
 def _criteria(original: Function) -> Function:
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         call = _active(self)
         return original(self, *args, **kwargs) if call is None or call.eager else True
 
@@ -69,7 +70,7 @@ def _criteria(original: Function) -> Function:
 
 def _compiled_call(original: Function) -> Function:
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         call = _active(self)
         return original(self, *args, **kwargs) if call is None or call.eager else call.step
 
@@ -78,7 +79,7 @@ def _compiled_call(original: Function) -> Function:
 
 def _prefill(original: Function) -> Function:
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         out, call = original(self, *args, **kwargs), _active(self)
         return out if call is None else call.begin(out)
 
@@ -87,7 +88,7 @@ def _prefill(original: Function) -> Function:
 
 def _optimize(original: Function) -> Function:
     @functools.wraps(original)
-    def stand_in(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def stand_in(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
         call = _active(self)
         return original(self, *args, **kwargs) if call is None or not call.keeps_grouped else nullcontext()
 
@@ -106,7 +107,7 @@ def _deferred(original: Function) -> Function:
     return stand_in
 
 
-def _active(model: Any) -> Call | None:
+def _active(model: CausalLM) -> Call | None:
     """The call of `generate` that this thread is in."""
     state = state_of(model)
     return None if state is None else state.current

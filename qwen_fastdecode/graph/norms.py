@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ops.backends import triton_unavailable
 from ..ops.library import rms_norm_registered
 from ..upstream.norms import ZeroCentredNorm, zero_centred_norm
+from ..upstream.protocols import CausalLM
 
 ROWS = 64  # of the proof, at least: where rows are few, so are the chances of a different bit
 DIFFERS = "other bits than upstream's"
@@ -51,7 +52,7 @@ class Norms:
     """Those of a model that are stood in for at a batch size: `in_one` and `in_three` kernels each; `reasons` says how
     many others are upstream's, and why."""
 
-    def __init__(self, model: Any, batch: int):
+    def __init__(self, model: CausalLM, batch: int):
         self.in_one = self.in_three = 0
         self.reasons: Counter[str] = Counter()
         self._stand_ins: list[tuple[nn.Module, StandIn]] = []

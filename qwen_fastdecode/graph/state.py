@@ -13,6 +13,7 @@ import torch
 
 from ..layer import everything
 from ..names import EXCLUDED, PLAN
+from ..upstream.protocols import CausalLM, ModelCache
 from ..upstream.seams import upstream_of
 from . import eligible
 from .capture import Pool
@@ -36,7 +37,7 @@ class Offer(NamedTuple):
 
     reason: Eager | None
     name: str
-    cache: weakref.ref[Any] | None
+    cache: weakref.ref[ModelCache] | None
     limit: int  # positions that the call may come to use
 
     @staticmethod
@@ -132,10 +133,10 @@ class State:
 
 
 _kept: list[State] = []  # as the plans of layers that are gone
-_states: weakref.WeakKeyDictionary[Any, State] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[CausalLM, State] = weakref.WeakKeyDictionary()
 
 
-def wanted(model: Any) -> bool:
+def wanted(model: CausalLM) -> bool:
     """Whether the layers of a model were patched with `cuda_graph=True`; of one that has not run while a `patch()` of
     everything is on, whether they are going to be."""
     settings = everything.current_settings()
@@ -148,7 +149,7 @@ def wanted(model: Any) -> bool:
     return False
 
 
-def state_of(model: Any) -> State | None:
+def state_of(model: CausalLM) -> State | None:
     """The model's state, made where there is none yet; None for upstream's own way."""
     if not wanted(model):
         return None
@@ -167,12 +168,12 @@ def gone() -> list[State]:
     return [state for state in _kept if id(state) not in living] if everything.kept_plans() is not None else []
 
 
-def states() -> dict[Any, State]:
+def states() -> dict[CausalLM, State]:
     """Of every living model that has one."""
     return dict(_states)
 
 
-def forget(model: Any) -> None:
+def forget(model: CausalLM) -> None:
     """Takes the state off a model."""
     state = _states.pop(model, None)
     if state is not None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..layer.plan import plan_of
+from ..layer.plan import Plan, plan_of
+from ..upstream.protocols import CausalLM
 
 
 class Tally:
     """Of one capture: what each layer did in the step that was recorded, and how often it was replayed."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: CausalLM):
         self._before = [(plan, *_counts(plan)) for plan in map(plan_of, model.modules()) if plan is not None]
-        self._fast: list[Any] = []
-        self._deferred: list[Any] = []
+        self._fast: list[Plan] = []
+        self._deferred: list[Plan] = []
         self._settled = 0
         self.replays = 0
 
@@ -36,5 +35,5 @@ class Tally:
             plan.deferred_steps += replays
 
 
-def _counts(plan: Any) -> tuple[int, int]:
+def _counts(plan: Plan) -> tuple[int, int]:
     return plan.fast_steps, plan.deferred_steps

@@ -20,26 +20,27 @@ from ..steps.full import settle_outside_graphs
 from ..upstream.caches import cache_layer, convert_recurrent_state
 from ..upstream.calls import Call, call_reader
 from ..upstream.families import Parts
+from ..upstream.protocols import Forward, GatedDeltaNet
 from ..upstream.unsettled import Unsettled, settle
 from .eligibility import decode_step
 from .plan import Plan
 
 _PROMPT = (Reason.SEVERAL_TOKENS, Reason.NO_PREVIOUS_STATE)  # calls that leave a state for the next one to decode from
-_originals: weakref.WeakKeyDictionary[Callable[..., Tensor], Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+_originals: weakref.WeakKeyDictionary[Forward, Forward] = weakref.WeakKeyDictionary()
 
 # While `patch()` of everything is on: makes the plan of a layer that has none yet; None if it cannot be covered.
-adopt: Callable[[Any], Plan | None] | None = None
+adopt: Callable[[GatedDeltaNet], Plan | None] | None = None
 
 
 @functools.cache  # copies of a model with hooks stay bound to it: a later patch must know it again
-def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def make_dispatcher(original: Forward) -> Forward:
     """A plain function to install over `original` (Dynamo would trace through a wrapper object to the original)."""
 
     read = call_reader(original)
 
     @functools.wraps(original)
-    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan = self.__dict__.get(PLAN)
+    def forward(self: GatedDeltaNet, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan: Any = self.__dict__.get(PLAN)  # or EXCLUDED, or None
         if plan is None and adopt is not None:
             plan = _adopt(self)
         call = None if plan is None or plan is EXCLUDED else read(args, kwargs)
@@ -57,12 +58,12 @@ def make_dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
-def original_of(forward: Any) -> Callable[..., Tensor] | None:
+def original_of(forward: Any) -> Forward | None:
     """What one of our dispatchers stands over; None for any other function."""
     return _originals.get(forward) if inspect.isfunction(forward) else None
 
 
-def _decode(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> Tensor | Reason:
+def _decode(plan: Plan, layer: GatedDeltaNet, hidden_states: Tensor, call: Call) -> Tensor | Reason:
     """The layer's output by a fast step, or why there is none."""
     found = decode_step(plan, layer, hidden_states, call)
     if isinstance(found, Reason):
@@ -93,7 +94,7 @@ def _refused_in_graphs(plan: Plan, parts: Parts, states: States) -> bool:
     return plan.strategy.backends.on(states.conv.device).name == "triton"  # (a look-up that Dynamo would guard)
 
 
-def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None:
+def _before_upstream(plan: Plan, layer: GatedDeltaNet, call: Call, reason: Reason) -> None:
     its_cache = cache_layer(call.cache, layer.layer_idx)
     if isinstance(its_cache, Unsettled):
         settle_outside_graphs(its_cache)  # by all ranks at once, as they all come here
@@ -103,7 +104,7 @@ def _before_upstream(plan: Plan, layer: Any, call: Call, reason: Reason) -> None
             _say_that_gradients_cost_the_fast_path()
 
 
-def _after_upstream(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, reason: Reason) -> None:
+def _after_upstream(plan: Plan, layer: GatedDeltaNet, hidden_states: Tensor, call: Call, reason: Reason) -> None:
     """A prompt's pass leaves a state that the next step decodes from: it is converted here, where nothing compiles."""
     if plan.settings.state_dtype is not None and reason in _PROMPT:
         # The prompt's mask says nothing of the token that follows it.
@@ -112,7 +113,7 @@ def _after_upstream(plan: Plan, layer: Any, hidden_states: Tensor, call: Call, r
             _convert(plan, layer, call, found[1])
 
 
-def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:
+def _convert(plan: Plan, layer: GatedDeltaNet, call: Call, states: States) -> States:
     """The states, the recurrent one in the dtype that `patch` was asked for.
 
     Not while compiling: a captured graph must not own a tensor that outlives it. A step that is compiled therefore
@@ -121,6 +122,7 @@ def _convert(plan: Plan, layer: Any, call: Call, states: States) -> States:
     dtype = plan.settings.state_dtype
     if dtype is None or dtype == states.recurrent.dtype or torch.compiler.is_compiling():
         return states
+    assert call.cache is not None  # it has states
     settle(cache_layer(call.cache, layer.layer_idx))
     return states._replace(recurrent=convert_recurrent_state(call.cache, layer.layer_idx, dtype))
 
@@ -135,5 +137,5 @@ def _say_that_gradients_cost_the_fast_path() -> None:
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it while it traces, instead of tracing it
-def _adopt(layer: Any) -> Plan | None:
+def _adopt(layer: GatedDeltaNet) -> Plan | None:
     return None if adopt is None else adopt(layer)

@@ -5,8 +5,6 @@ Nothing here changes anything; every answer is a `Reason`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
@@ -21,13 +19,14 @@ from ..upstream.caches import read_states
 from ..upstream.calls import Call
 from ..upstream.families import Parts
 from ..upstream.known import Known
+from ..upstream.protocols import GatedDeltaNet, Module
 from .plan import Plan
 
 _PLAIN = (nn.Parameter, Tensor)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY  # of make_fx, which records a graph
 
 
-def decode_step(plan: Plan, layer: Any, hidden_states: Tensor, call: Call) -> tuple[Parts, States] | Reason:
+def decode_step(plan: Plan, layer: GatedDeltaNet, hidden_states: Tensor, call: Call) -> tuple[Parts, States] | Reason:
     """What a fast step takes of the layer and the states to update, or why this call is none. Cheap questions first."""
     if hidden_states.shape[1] != 1:
         return Reason.SEVERAL_TOKENS
@@ -84,16 +83,17 @@ def _eager_reason() -> Reason | None:
     return None
 
 
-def _usable_parts(plan: Plan, layer: Any, device: torch.device) -> Parts | Reason:
+def _usable_parts(plan: Plan, layer: GatedDeltaNet, device: torch.device) -> Parts | Reason:
     """The layer's parts, if a fast step may stand in for them now."""
-    known = None if torch.compiler.is_compiling() else plan.known  # Dynamo guards what a full look reads
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else plan.known  # Dynamo guards what a full look reads
     same = None if known is None else known.parts_of(layer)
     parts = _checked_parts(plan, layer) if same is None else same
     if isinstance(parts, Reason):
         return parts
-    for owner, name, function in plan.replaced:
-        if getattr(owner, name, None) is not function:
-            return Reason.CHANGED_UPSTREAM
+    lookups = plan.lookups
+    if not (lookups.find_the_same_in_a_graph() if compiling else lookups.find_the_same()):
+        return Reason.CHANGED_UPSTREAM
     if _every_module._global_forward_hooks or _every_module._global_forward_pre_hooks:
         return Reason.GLOBAL_HOOKS
     if _is_hooked(parts.conv1d) or _is_hooked(parts.norm):
@@ -104,7 +104,7 @@ def _usable_parts(plan: Plan, layer: Any, device: torch.device) -> Parts | Reaso
     return parts
 
 
-def _checked_parts(plan: Plan, layer: Any) -> Parts | Reason:
+def _checked_parts(plan: Plan, layer: GatedDeltaNet) -> Parts | Reason:
     """The layer's parts, after a look at all that the plan was made from. Eager calls then know the layer again."""
     known = None if torch.compiler.is_compiling() else Known.of(layer, plan.family)
     if plan.family.facts(layer) != plan.facts:
@@ -117,12 +117,12 @@ def _checked_parts(plan: Plan, layer: Any) -> Parts | Reason:
     return parts
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def _is_hooked(module: Module) -> bool:
     """Whether calling `module` does more than its class's forward: the fast path reads its weight and calls nothing.
 
     accelerate puts a hook on every module of a dispatched model; one that only names the execution device is harmless.
     """
-    if module._forward_pre_hooks or module._forward_hooks:
+    if module._forward_pre_hooks or module._forward_hooks or module.__dict__.get("_compiled_call_impl") is not None:
         return True
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:

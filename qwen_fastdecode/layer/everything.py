@@ -15,6 +15,7 @@ from ..ops.backends import select_backend
 from ..report import PatchReport
 from ..steps.ranks import agreement
 from ..switch import switched_off
+from ..upstream.protocols import GatedDeltaNet
 from ..upstream.seams import upstream_classes, upstream_of
 from . import dispatch, install
 from .cover import LENIENT, check_settings, cover, ranks, refuse_problems, settle_caches, shared
@@ -155,11 +156,11 @@ def _check_default_device(everything: Everything) -> None:
     select_backend(everything.settings.backend, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _name(module: Any) -> str:
+def _name(module: GatedDeltaNet) -> str:
     return f"{type(module).__qualname__}[{module.layer_idx}]"
 
 
-def _adopt(module: Any) -> Plan | None:
+def _adopt(module: GatedDeltaNet) -> Plan | None:
     """The plan of a layer that is used for the first time while `patch()` of everything is on."""
     with lock:
         upstream = upstream_of(type(module))

@@ -18,11 +18,10 @@ import wrapt
 from ..names import PLAN
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
+    from ..upstream.protocols import Forward
     from .plan import Plan
-
-    Forward = Callable[..., Tensor]
 
 
 class ClassPatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +17,17 @@ from ..reasons import Reason
 from ..steps.deferred import DeferredStep
 from ..steps.full import FullStep
 from ..steps.split import SplitStep, split_heads
-from ..upstream.families import FAMILIES, Family, HeadSizes, read_norm
+from ..upstream.families import FAMILIES, GATES, KEPT_FUNCTIONS, Family, HeadSizes, read_norm
 from ..upstream.known import Known
-from ..upstream.seams import Upstream, stood_in_for
+from ..upstream.lookups import Lookups, is_activation, lookups_of
+from ..upstream.protocols import GatedDeltaNet
+from ..upstream.seams import Upstream
 from ..upstream.sharding import ranks_of
+from .install import original_forward
 
 # Whose functions upstream calls in a decode step.
 _PACKAGES = ("transformers", "fla", "causal_conv1d", "kernels")
+Strategy = FullStep | SplitStep | DeferredStep
 _counting = threading.Lock()
 
 
@@ -51,22 +55,28 @@ DEFAULT = Settings()
 class Plan:
     """How one layer decodes.
 
-    facts: all values and parts of the layer that the plan was made from. replaced: (owner, name, function) of
-    upstream's functions that a fast step stands in for. Both are compared on every call, so that a change after
-    patching is never overlooked.
+    facts: all values and parts of the layer that the plan was made from. lookups: what upstream's forward would find
+    under the names that it looks up. Both are compared on every call, so that a change after patching is never
+    overlooked.
     """
 
     def __init__(
-        self, layer: Any, name: str, upstream: Upstream, sizes: HeadSizes, settings: Settings, strategy: Any
+        self,
+        layer: GatedDeltaNet,
+        name: str,
+        upstream: Upstream,
+        sizes: HeadSizes,
+        settings: Settings,
+        strategy: Strategy,
     ) -> None:
         self.name = name
         self.family: Family = FAMILIES[upstream.family]
         self.sizes = sizes
         self.settings = settings
-        self.strategy: FullStep | SplitStep | DeferredStep = strategy
+        self.strategy = strategy
         self.facts = self.family.facts(layer)
         self.known: Known | None = None  # the layer as the last call found it, when it was all right
-        self.replaced = stood_in_for(upstream)
+        self.lookups = _lookups(layer, self.family, upstream)
         self.conv_shape = (sizes.conv_channels, sizes.conv_kernel_size)  # of a sequence
         self.recurrent_shape = (sizes.num_v_heads, sizes.head_k_dim, sizes.head_v_dim)  # of a sequence
         self.fast_steps = 0
@@ -85,11 +95,9 @@ class Plan:
         """Memory beside the states of living caches: 0 but where they are deferred."""
         return self.strategy.ring_bytes if isinstance(self.strategy, DeferredStep) else 0
 
-    def holds_for(self, layer: Any) -> bool:
+    def holds_for(self, layer: GatedDeltaNet) -> bool:
         """Whether the layer, and upstream's functions, are still what the plan was made from."""
-        if self.family.facts(layer) != self.facts:
-            return False
-        return all(getattr(owner, name, None) is function for owner, name, function in self.replaced)
+        return self.family.facts(layer) == self.facts and self.lookups.find_the_same()
 
     def count_fast_step(self, *, split: bool, deferred: bool) -> None:
         with _counting:
@@ -111,7 +119,7 @@ class Plan:
         return type(None), ()
 
 
-def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> Plan | str:
+def make_plan(layer: GatedDeltaNet, name: str, upstream: Upstream, settings: Settings) -> Plan | str:
     """The plan of `layer`, or why its decode step is not the one that the op computes."""
     family = FAMILIES[upstream.family]
     missing = family.missing_parts(layer)
@@ -130,7 +138,9 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
         return problem
     recipe = Recipe((0, sizes.num_v_heads), norm.eps, norm.gate, family.beta_scale(layer))
     full = FullStep(family, sizes, recipe, Backends(settings.backend))
-    strategy: Any = full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    strategy: Strategy = (
+        full if ranks is None else split_heads(layer, full, family, sizes, ranks, settings.head_parallel)
+    )
     if settings.deferred_state:
         if strategy.splits_heads:
             return "deferred_state=True is not for heads split over ranks: pass head_parallel='off'"
@@ -138,12 +148,21 @@ def make_plan(layer: Any, name: str, upstream: Upstream, settings: Settings) -> 
     return Plan(layer, name, upstream, sizes, settings, strategy)
 
 
-def _problem(layer: Any, family: Family, sizes: HeadSizes) -> str | None:
+def _lookups(layer: GatedDeltaNet, family: Family, upstream: Upstream) -> Lookups:
+    """Of upstream's forward, and of the functions that a layer keeps, up to 5.14."""
+    kept = [vars(layer).get(name) for name in KEPT_FUNCTIONS]
+    _, norm = family.read_modules(layer)
+    activations = dict.fromkeys((layer.activation, getattr(norm, "activation", "silu")))  # each once
+    functions = (original_forward(upstream.layer_class), *filter(None, kept))
+    return lookups_of(functions, (type(norm),), tuple(activations))
+
+
+def _problem(layer: GatedDeltaNet, family: Family, sizes: HeadSizes) -> str | None:
     """What about the layer's own parts the op does not compute."""
     conv1d, norm = family.read_modules(layer)
     if conv1d.bias is not None:
         return "its conv1d has a bias"
-    if layer.activation not in ("silu", "swish"):
+    if GATES.get(layer.activation) != "silu":
         return f"its convolution's activation is {layer.activation!r}, not silu"
     if not 2 <= sizes.conv_kernel_size <= 4:
         return f"its convolution has {sizes.conv_kernel_size} taps, not 2 to 4"
@@ -159,16 +178,20 @@ def _problem(layer: Any, family: Family, sizes: HeadSizes) -> str | None:
     return None
 
 
-def _foreign_parts(layer: Any, family: Family, upstream: Upstream) -> str | None:
+def _foreign_parts(layer: GatedDeltaNet, family: Family, upstream: Upstream) -> str | None:
     """Functions of the layer that a fast step stands in for and that are not upstream's."""
     if family.reordering is not None:
         held = getattr(getattr(layer, family.reordering), "__func__", None)
         if held is not vars(upstream.layer_class).get(family.reordering):
             return f"its {family.reordering} is not {upstream.layer_class.__qualname__}'s"
-    for name in ("causal_conv1d_update", "recurrent_gated_delta_rule"):  # kept on the layer, up to 5.14
+    for name in KEPT_FUNCTIONS:
         held = vars(layer).get(name)
         if held is not None and str(getattr(held, "__module__", "")).partition(".")[0] not in _PACKAGES:
             return f"its {name} is {held!r}, not Transformers' or a kernel package's"
+    _, norm = family.read_modules(layer)
+    for activation in (layer.activation, getattr(norm, "activation", "silu")):
+        if not is_activation(activation, GATES[activation]):
+            return f"its activation {activation!r} is not the {GATES[activation]}: somebody replaced it in ACT2FN"
     return None
 
 

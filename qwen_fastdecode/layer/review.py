@@ -13,7 +13,8 @@ import transformers
 
 from ..errors import UnknownUpstream
 from ..upstream.caches import cache_functions, replaced_functions
-from ..upstream.seams import Upstream, current_sources, foreign_patch, stood_in_for, unreviewed
+from ..upstream.lookups import lookups_of
+from ..upstream.seams import Upstream, current_sources, foreign_patch, norm_classes, unreviewed
 from . import install
 from .selftest import STEPS, self_test
 
@@ -50,9 +51,10 @@ _verdicts: dict[Any, Review] = {}
 
 def review(upstream: Upstream) -> Review:
     """The verdict on `upstream`; worked out once a process for the same functions, if they pass."""
-    sources = current_sources(upstream, install.original_forward(upstream.layer_class))
-    called = {f"{getattr(owner, '__name__', owner)}.{name}": held for owner, name, held in stood_in_for(upstream)}
-    judged = (upstream, *sources.items(), *called.items(), *cache_functions().items(), *replaced_functions())
+    forward = install.original_forward(upstream.layer_class)
+    sources = current_sources(upstream, forward)
+    called = lookups_of((forward,), norm_classes(upstream), ("silu",))
+    judged = (upstream, called, *sources.items(), *cache_functions().items(), *replaced_functions())
     verdict = _verdicts.get(judged)
     if verdict is None:
         verdict = _judge(upstream, sources)

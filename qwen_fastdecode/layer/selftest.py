@@ -10,22 +10,21 @@ import contextlib
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.import_utils import is_causal_conv1d_available, is_flash_linear_attention_available
 
 from ..ops.step import States
 from ..reasons import Reason
 from ..upstream.caches import cache_layer, new_cache, read_states
 from ..upstream.calls import KNOWN
+from ..upstream.protocols import Forward, GatedDeltaNet, ModelCache
 from ..upstream.seams import Upstream, unwrap
 from .eligibility import states_fit
 from .plan import Plan, Settings, make_plan
-
-Forward = Callable[..., Any]
 
 PROMPT, STEPS = 5, 3  # tokens of the prefill (more than the convolution has taps), and fast steps after it
 # Of each sequence's hidden states: an epsilon in the wrong place shows on small ones only, a gate on large ones.
@@ -162,7 +161,7 @@ def _doing(what: str) -> Iterator[None]:
         raise _Failed(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _build(upstream: Upstream, dtype: torch.dtype, random: torch.Generator) -> tuple[nn.Module, Any]:
+def _build(upstream: Upstream, dtype: torch.dtype, random: torch.Generator) -> tuple[GatedDeltaNet, ModelCache]:
     """A layer with random weights, and an empty cache."""
     modeling = sys.modules[upstream.layer_class.__module__]
     prefix = upstream.layer_class.__name__.removesuffix("GatedDeltaNet")
@@ -187,7 +186,9 @@ def _normal(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
 
 
-def _upstream_step(forward: Forward, layer: nn.Module, hidden_states: Tensor, cache: Any, position: int) -> Tensor:
+def _upstream_step(
+    forward: Forward, layer: GatedDeltaNet, hidden_states: Tensor, cache: ModelCache, position: int
+) -> Tensor:
     """As the decoder layer calls it: everything by keyword, the mask None."""
     names = _named_arguments(forward)
     arguments = {"hidden_states": hidden_states, "attention_mask": None}
@@ -197,7 +198,7 @@ def _upstream_step(forward: Forward, layer: nn.Module, hidden_states: Tensor, ca
     return forward(layer, **arguments)
 
 
-def _states(plan: Plan, layer: Any, cache: Any, hidden_states: Tensor) -> States:
+def _states(plan: Plan, layer: GatedDeltaNet, cache: ModelCache, hidden_states: Tensor) -> States:
     states = read_states(cache, layer.layer_idx)
     if isinstance(states, Reason):
         raise _Failed(f"its cache, {type(cache).__name__}, cannot be served: {states}")

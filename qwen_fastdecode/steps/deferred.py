@@ -19,6 +19,7 @@ from ..ops.deferral import Deferral, deferral
 from ..ops.ring import Ring, forget, new_ring
 from ..ops.step import States, Step
 from ..upstream.families import Parts
+from ..upstream.protocols import CacheLayer
 from ..upstream.unsettled import debt_of, owe, settle
 from .full import FullStep
 
@@ -38,18 +39,20 @@ class DeferredStep:
         self._debts: Any = WeakIdKeyDictionary()  # by cache layer
         self._note = ""
 
-    def choose(self, states: States, cache_layer: Any) -> DeferredStep | FullStep:
+    def choose(self, states: States, cache_layer: CacheLayer | None) -> DeferredStep | FullStep:
         """The strategy for a step on these states, kept in `cache_layer`."""
         if torch.compiler.is_compiling():
             return self.full
+        assert cache_layer is not None  # caches of lists are not deferred
         own = debt_of(cache_layer)
         if isinstance(own, RingDebt) and own.step is self and own.fits(states):
             return self
         self._note = self._two_passes(states, cache_layer)
         return self.full if self._note else self
 
-    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: CacheLayer | None, states: States) -> Tensor:
         """As `FullStep.run`; an N-th of the heads' states is written."""
+        assert cache_layer is not None  # `choose` has seen it
         debt = self._owed(cache_layer, states)
         step = Step(parts.project(hidden_states), self.full.read, states, parts.weights)
         out = debt.deferral.decode(step, self.full.recipe, debt.ring)
@@ -75,7 +78,7 @@ class DeferredStep:
                 settle(cache_layer)
         self._debts.clear()
 
-    def _two_passes(self, states: States, cache_layer: Any) -> str:
+    def _two_passes(self, states: States, cache_layer: CacheLayer) -> str:
         """Why this step is made in two passes over the states; "" where it is not."""
         recurrent = states.recurrent
         backend = self.backends.on(recurrent.device).name
@@ -90,7 +93,7 @@ class DeferredStep:
             return "deferred_state: two passes, as somebody reads or reorders the states between steps"
         return ""
 
-    def _owed(self, cache_layer: Any, states: States) -> RingDebt:
+    def _owed(self, cache_layer: CacheLayer, states: States) -> RingDebt:
         """The debt that the cache layer owes from now on, if it did not before."""
         owed = debt_of(cache_layer)
         if isinstance(owed, RingDebt) and owed.step is self and owed.fits(states):

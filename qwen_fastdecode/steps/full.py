@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from ..ops.backends import Backends
 from ..ops.library import decode_registered
 from ..ops.step import Recipe, States, Step
 from ..upstream.families import Family, HeadSizes, Parts, reader
+from ..upstream.protocols import CacheLayer
 from ..upstream.unsettled import Unsettled, settle
 
 
@@ -28,7 +27,7 @@ class FullStep:
         self.backends = backends
         self.note = note
 
-    def choose(self, states: States, cache_layer: Any) -> FullStep:
+    def choose(self, states: States, cache_layer: CacheLayer | None) -> FullStep:
         """The strategy for a step on these states, kept in `cache_layer`."""
         return self
 
@@ -36,7 +35,7 @@ class FullStep:
         """What a report says of the layer."""
         return self.note
 
-    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: CacheLayer | None, states: States) -> Tensor:
         """hidden_states [B, 1, hidden size] -> the layer's output, of the same shape; updates the states in place.
 
         parts: of the layer, as they are now. cache_layer: where the states are kept; None where the cache has no such

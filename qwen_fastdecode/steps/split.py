@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..errors import PatchError, RanksDisagree
 from ..ops.step import Recipe, Sources, States, Step, Tokens
 from ..upstream.caches import stored_states
 from ..upstream.families import Family, HeadSizes, Parts, reader
+from ..upstream.protocols import CacheLayer, Projection
 from ..upstream.sharding import Ranks, projection_call
 from ..upstream.unsettled import debt_of, owe, owing_layers, settle, settled_by
 from .full import FullStep
@@ -61,7 +62,7 @@ class SplitStep:
         where = f"heads {first} to {first + count - 1} of {self.sizes.num_v_heads}, rank {self.ranks.rank} of {P}"
         return where if self.mode == "auto" else f"{where} ({self.mode})"
 
-    def choose(self, states: States, cache_layer: Any) -> SplitStep | FullStep:
+    def choose(self, states: States, cache_layer: CacheLayer | None) -> SplitStep | FullStep:
         """Whether so many sequences are split. Every rank must answer alike: from shapes alone."""
         if torch.compiler.is_compiling():
             return self.full
@@ -69,8 +70,9 @@ class SplitStep:
         pays = self.mode == "on" or bool(self.ungathered) or batch * self.sizes.num_v_heads >= CROSSOVER
         return self if pays else self.full
 
-    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: Any, states: States) -> Tensor:
+    def run(self, parts: Parts, hidden_states: Tensor, cache_layer: CacheLayer | None, states: States) -> Tensor:
         """As `FullStep.run`, of this rank's heads: only their states are updated, and their outputs are gathered."""
+        assert cache_layer is not None  # releases that shard projections have no caches of lists
         debt = debt_of(cache_layer)
         if not (isinstance(debt, SplitDebt) and debt.split is self):
             settle(cache_layer)
@@ -85,7 +87,7 @@ class SplitStep:
         named = zip(self.family.projections, parts.projections, strict=True)
         return parts._replace(projections=tuple([self._own_rows_of(name, projection) for name, projection in named]))
 
-    def _own_rows_of(self, name: str, projection: Any) -> Any:
+    def _own_rows_of(self, name: str, projection: Any) -> Projection:
         if name in self.ungathered and projection_call(projection) == self.calls[name]:
             return lambda x: F.linear(x, _local(projection.weight), _local(projection.bias))
         return projection
@@ -190,7 +192,7 @@ def split_heads(
     return full
 
 
-def settle_on_ranks(ranks: Ranks, layers: Collection[Any]) -> None:
+def settle_on_ranks(ranks: Ranks, layers: Collection[nn.Module]) -> None:
     """Makes true every living cache that these ranks decoded with split heads of `layers`. All of them must call it.
 
     A cache may be garbage that only some ranks have collected, or a copy that only some have made: what every rank has
@@ -207,13 +209,13 @@ def settle_on_ranks(ranks: Ranks, layers: Collection[Any]) -> None:
             _spoil(layer, debt)
 
 
-def spoil_caches(layers: Collection[Any]) -> None:
+def spoil_caches(layers: Collection[nn.Module]) -> None:
     """Where the ranks cannot be waited for (an exception is on its way): see `SplitStep.spoil`."""
     for layer, debt in list(_owed_by(layers)):
         _spoil(layer, debt)
 
 
-def _owed_by(layers: Collection[Any]) -> Any:
+def _owed_by(layers: Collection[nn.Module]) -> Iterator[tuple[CacheLayer, SplitDebt]]:
     """Cache layers that owe what a split step of one of `layers` left, each with its debt."""
     ids = {id(layer) for layer in layers}
     for layer, debt in owing_layers():
@@ -221,7 +223,7 @@ def _owed_by(layers: Collection[Any]) -> Any:
             yield layer, debt
 
 
-def _spoil(layer: Any, debt: SplitDebt) -> None:
+def _spoil(layer: CacheLayer, debt: SplitDebt) -> None:
     states = stored_states(layer)
     if states is not None:
         debt.split.spoil(states)
@@ -235,5 +237,5 @@ def _all_gather(own: Tensor, ranks: Ranks) -> Tensor:
     return gathered.view(ranks.size, *own.shape)
 
 
-def _local(weight: Any) -> Any:
+def _local(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight

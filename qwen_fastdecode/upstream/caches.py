@@ -13,6 +13,7 @@ from transformers import cache_utils
 
 from ..ops.step import States
 from ..reasons import Reason
+from .protocols import CacheLayer, Config, ModelCache
 
 _Cache: Any = cache_utils.Cache
 _Layer: Any = getattr(cache_utils, "LinearAttentionLayer", None)  # 5.5 on
@@ -29,15 +30,14 @@ def _functions(owner: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: function for name, function in found.items() if callable(function)}
 
 
-# What upstream stores and reads states with. A fast step goes past it, so it must be what it was.
-_OF_CACHE = _functions(
-    _Cache,
-    ("update_conv_state", "update_recurrent_state", "get_conv_state", "get_recurrent_state", "is_recording_past"),
-)
+# What upstream stores and reads states with. A fast step goes past it, so it must be what it was. From 5.21 on it asks
+# for the states, and before whether there are any.
+_ASKED = ("get_conv_state", "get_recurrent_state") if hasattr(_Cache, "get_conv_state") else ("has_previous_state",)
+_OF_CACHE = _functions(_Cache, ("update_conv_state", "update_recurrent_state", "is_recording_past", *_ASKED))
 _OF_LAYER = _functions(_Layer, ("update_conv_state", "update_recurrent_state"))
 
 
-def read_states(cache: Any, layer_idx: int) -> States | Reason:
+def read_states(cache: ModelCache, layer_idx: int) -> States | Reason:
     """The states of layer `layer_idx`, read anew on every call (beam search replaces both tensors), or why not.
 
     A tensor that is there is not yet a state: `reset()` keeps the tensors and clears `has_previous_state`. What a
@@ -47,7 +47,7 @@ def read_states(cache: Any, layer_idx: int) -> States | Reason:
         return _read_lists(cache, layer_idx)
     if not isinstance(cache, _Cache) or not _keeps_states_plainly(cache, layer_idx):
         return Reason.UNKNOWN_CACHE
-    layer: Any = cache.layers[layer_idx]
+    layer: CacheLayer = cache.layers[layer_idx]
     states = stored_states(layer)
     if states is None:
         return Reason.NO_PREVIOUS_STATE
@@ -56,13 +56,13 @@ def read_states(cache: Any, layer_idx: int) -> States | Reason:
     return states
 
 
-def cache_layer(cache: Any, layer_idx: int) -> Any:
+def cache_layer(cache: ModelCache | None, layer_idx: int) -> CacheLayer | None:
     """The layer's own part of the cache; None where there is none (no such layer, a cache of lists, no cache)."""
     layers = getattr(cache, "layers", ())
     return layers[layer_idx] if layer_idx < len(layers) else None
 
 
-def stored_states(layer: Any) -> States | None:
+def stored_states(layer: CacheLayer) -> States | None:
     """The tensors of one cache layer as they are, None where they hold no past."""
     held = vars(layer)
     conv, recurrent, has_past = held["conv_states"], held["recurrent_states"], held["has_previous_state"]
@@ -71,13 +71,13 @@ def stored_states(layer: Any) -> States | None:
     return None if not has_past or conv is None or recurrent is None else States(conv, recurrent)
 
 
-def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> Tensor:
+def convert_recurrent_state(cache: ModelCache, layer_idx: int, dtype: torch.dtype) -> Tensor:
     """Puts the recurrent state of layer `layer_idx` into `dtype`; what `read_states` gave before is no longer its.
 
     Upstream's own passes go on with it: they compute in float32 and copy the result into the tensor that is there (up
     to 5.4 they put a float32 one in its place, which the next step converts again).
     """
-    layer: Any = cache if _Layer is None else cache.layers[layer_idx]
+    layer: ModelCache | CacheLayer = cache if _Layer is None else cache.layers[layer_idx]
     held = vars(layer)["recurrent_states"]
     if isinstance(held, Tensor):  # 5.5 to 5.13
         state = vars(layer)["recurrent_states"] = held.to(dtype)
@@ -88,7 +88,7 @@ def convert_recurrent_state(cache: Any, layer_idx: int, dtype: torch.dtype) -> T
     return state
 
 
-def new_cache(config: Any, modeling: ModuleType) -> Any:
+def new_cache(config: Config, modeling: ModuleType) -> ModelCache:
     """An empty cache for a model of `config`, of the class that its family's modeling module makes."""
     own = [made for name, made in vars(modeling).items() if name in _OF_LISTS]
     return own[0](config) if own else modeling.DynamicCache(config=config)
@@ -113,7 +113,7 @@ def cache_functions() -> dict[str, Any]:
     return {f"{owner.__name__}.{name}": getattr(owner, name) for owner, functions in owners for name in functions}
 
 
-def with_own_layer(cache: Any, layer_idx: int) -> Any:
+def with_own_layer(cache: ModelCache, layer_idx: int) -> ModelCache:
     """The cache with a copy of one layer's states: updating it leaves the original as it is."""
     own = copy.copy(cache)
     for name in ("layers",) if _Layer is not None else ("conv_states", "recurrent_states"):
@@ -123,7 +123,7 @@ def with_own_layer(cache: Any, layer_idx: int) -> Any:
     return own
 
 
-def _read_lists(cache: Any, layer_idx: int) -> States | Reason:
+def _read_lists(cache: ModelCache, layer_idx: int) -> States | Reason:
     """Up to 5.4. Upstream asks the *last* linear layer for a past, and puts a new recurrent tensor into the list.
 
     It updates the conv state in place, so nobody can have kept either from before: both may be updated in place.
@@ -137,14 +137,14 @@ def _read_lists(cache: Any, layer_idx: int) -> States | Reason:
     return States(conv, recurrent)
 
 
-def _keeps_states_plainly(cache: Any, layer_idx: int) -> bool:
+def _keeps_states_plainly(cache: ModelCache, layer_idx: int) -> bool:
     """Whether nobody has changed how this layer's states are stored and read: then the tensors are the states.
 
     Methods are looked up as a call would: on the object, on its class, and on the classes above it.
     """
     if layer_idx >= len(cache.layers):
         return False
-    layer: Any = cache.layers[layer_idx]
+    layer: CacheLayer = cache.layers[layer_idx]
     if not isinstance(layer, _Layer) or not _has_plain_attributes(type(layer)):
         return False
     for owner, functions in ((layer, _OF_LAYER), (cache, _OF_CACHE)):

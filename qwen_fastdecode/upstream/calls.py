@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .protocols import Forward, ModelCache
 from .seams import unwrap
 
 # Every parameter that upstream's forward names in a supported release; what else it is given is in its **kwargs.
@@ -17,7 +18,7 @@ KNOWN = ("self", "hidden_states", "cache_params", "cache", "cache_position", "at
 class Call(NamedTuple):
     """The arguments after hidden_states."""
 
-    cache: Any
+    cache: ModelCache | None
     attention_mask: Tensor | None
     without_position: bool  # up to 5.3 upstream takes a call that has no cache_position for a prompt
     others: dict[str, Any]  # by name; of these, seq_idx and cu_seq_lens_q mean something to upstream
@@ -28,7 +29,7 @@ def cache_name(given: dict[str, Any]) -> str:
     return "cache" if "cache" in given else "cache_params"
 
 
-def call_reader(forward: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Call | None]:
+def call_reader(forward: Forward) -> Callable[[tuple[Any, ...], dict[str, Any]], Call | None]:
     """Reads (args, kwargs) of a call of `forward`, hidden_states aside; None for a call that it does not accept."""
     parameters = list(inspect.signature(unwrap(forward)).parameters.values()) if callable(forward) else []
     by_name = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedStep
 from ..ops.step import Sources, Tokens, Weights
+from .protocols import Convolution, GatedDeltaNet, GatedNormModule, Projection
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,18 @@ class GatedNorm(NamedTuple):
     gate: str
 
 
+GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}  # upstream's names of activations -> ours
 _PLAIN = frozenset((Tensor, nn.Parameter))
+KEPT_FUNCTIONS = ("causal_conv1d_update", "recurrent_gated_delta_rule")  # on a layer, up to 5.14; it calls them
 
 
 class Parts(NamedTuple):
     """What a fast step takes of a layer: modules that it calls, and weights of modules that it does not call."""
 
-    projections: tuple[Any, ...]  # in the order of `Family.projections`
-    out_proj: Any
-    conv1d: Any
-    norm: Any
+    projections: tuple[Projection, ...]  # in the order of `Family.projections`
+    out_proj: Projection
+    conv1d: Convolution
+    norm: GatedNormModule
     weights: Weights
 
     def project(self, hidden_states: Tensor) -> Sources:
@@ -118,11 +121,11 @@ class Family:
         names = (*self.projections, "conv1d", self.norm, self.out_proj, "A_log", "dt_bias")
         return [name for name in names if not hasattr(layer, name)]
 
-    def read_modules(self, layer: Any) -> tuple[Any, Any]:
+    def read_modules(self, layer: GatedDeltaNet) -> tuple[Convolution, GatedNormModule]:
         """conv1d and the gated norm: a fast step reads their weights and does not call them."""
         return layer.conv1d, getattr(layer, self.norm)
 
-    def parts(self, layer: Any) -> Parts:
+    def parts(self, layer: GatedDeltaNet) -> Parts:
         """The layer's parts, looked up as upstream's forward does, whatever holds them."""
         conv1d, norm = self.read_modules(layer)
         return Parts(
@@ -133,11 +136,11 @@ class Family:
             Weights(conv1d.weight, layer.A_log, layer.dt_bias, norm.weight),
         )
 
-    def beta_scale(self, layer: Any) -> float:
+    def beta_scale(self, layer: GatedDeltaNet) -> float:
         """What the layer multiplies beta by."""
         return 2.0 if self.doubles_beta is not None and getattr(layer, self.doubles_beta) else 1.0
 
-    def facts(self, layer: Any) -> tuple[Any, ...]:
+    def facts(self, layer: GatedDeltaNet) -> tuple[Any, ...]:
         """All that a plan of `layer` was made from, by value, and whose parts by identity: a change shows here."""
         conv1d, norm = self.read_modules(layer)
         has = layer.__dict__
@@ -159,8 +162,7 @@ class Family:
             # By class and by instance: Dynamo finds no function under a bound method.
             None if self.reordering is None else getattr(type(layer), self.reordering),
             self.reordering in has,
-            has.get("causal_conv1d_update"),  # up to 5.14 a layer keeps the functions that it calls
-            has.get("recurrent_gated_delta_rule"),
+            *map(has.get, KEPT_FUNCTIONS),
         )
 
 
@@ -237,16 +239,16 @@ FAMILIES = {
 }
 
 
-def read_norm(norm: Any) -> GatedNorm | None:
+def read_norm(norm: GatedNormModule) -> GatedNorm | None:
     """What `norm` computes, or None if it is not one of the gated norms that these families use."""
     eps = _epsilon(norm)
     if not type(norm).__name__.endswith("RMSNormGated") or eps is None or getattr(norm, "bias", None) is not None:
         return None
-    gate = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}.get(getattr(norm, "activation", "silu"))
+    gate = GATES.get(getattr(norm, "activation", "silu"))
     return None if gate is None else GatedNorm(float(eps), gate)
 
 
-def _epsilon(norm: Any) -> float | None:
+def _epsilon(norm: GatedNormModule) -> float | None:
     """A gated norm's epsilon: a number, since a tensor could change and stay the same object.
 
     Upstream's own class keeps it as `variance_epsilon`; flash-linear-attention's, which upstream takes up to 5.14 where

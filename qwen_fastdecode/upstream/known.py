@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from .families import Family, Parts
+from .families import KEPT_FUNCTIONS, Family, Parts
+from .protocols import GatedDeltaNet, Module
 
 _PARAMETERS = ("A_log", "dt_bias")
 _WEIGHTS = ("weight", "bias")  # of conv1d and of the norm
@@ -27,8 +28,7 @@ _OF_LAYER = (
     "head_k_dim",
     "head_v_dim",
     "conv_kernel_size",
-    "causal_conv1d_update",
-    "recurrent_gated_delta_rule",
+    *KEPT_FUNCTIONS,
 )
 _OF_NORM = ("variance_epsilon", "eps", "activation")
 
@@ -36,7 +36,7 @@ _OF_NORM = ("variance_epsilon", "eps", "activation")
 class Known:
     """A layer as it was: its parts, and each object that `Family.facts` and `Family.parts` read."""
 
-    def __init__(self, layer: Any, family: Family):
+    def __init__(self, layer: GatedDeltaNet, family: Family):
         """Of an ordinary layer, see `of`."""
         self._parts: Parts = family.parts(layer)
         modules, read = _names(family)
@@ -53,11 +53,11 @@ class Known:
         self._seen = self._look(layer)
 
     @classmethod
-    def of(cls, layer: Any, family: Family) -> Known | None:
+    def of(cls, layer: GatedDeltaNet, family: Family) -> Known | None:
         """The layer as it is now; None where something that a step reads is not where modules ordinarily have it."""
         return cls(layer, family) if _is_ordinary(layer, family) else None
 
-    def parts_of(self, layer: Any) -> Parts | None:
+    def parts_of(self, layer: GatedDeltaNet) -> Parts | None:
         """The parts that it had, if they are its parts still and all else is as it was.
 
         Of tensors that says: the same objects. What may change in an object (its data, shape, dtype, device) is not
@@ -69,7 +69,7 @@ class Known:
             return None
         return self._parts if all(map(is_, self._seen, now)) else None
 
-    def _look(self, layer: Any) -> tuple[Any, ...]:
+    def _look(self, layer: GatedDeltaNet) -> tuple[Any, ...]:
         held, kind, (_, _, conv1d, norm, weights) = layer.__dict__, type(layer), self._parts
         of_conv1d, of_norm = conv1d.__dict__, norm.__dict__
         return (
@@ -98,11 +98,10 @@ def _names(family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return modules, (*_OF_LAYER, family.doubles_beta) if family.doubles_beta else _OF_LAYER
 
 
-def _is_ordinary(layer: Any, family: Family) -> bool:
+def _is_ordinary(layer: GatedDeltaNet, family: Family) -> bool:
     """Whether each part of the layer is a module or parameter of it as such, and what else is read an attribute."""
     modules, read = _names(family)
-    projections, *others, weights = family.parts(layer)
-    _, conv1d, norm = others
+    projections, out_proj, conv1d, norm, weights = family.parts(layer)
     if not all(isinstance(module, nn.Module) for module in (conv1d, norm)):
         return False
     found = (
@@ -111,17 +110,17 @@ def _is_ordinary(layer: Any, family: Family) -> bool:
         *map(layer._parameters.get, _PARAMETERS),
         norm._parameters.get("weight"),
     )
-    if not all(map(is_, found, (*projections, *others, *weights))):
+    if not all(map(is_, found, (*projections, out_proj, conv1d, norm, *weights))):
         return False
-    owners = (
+    owners: tuple[tuple[Module, set[str], set[str]], ...] = (
         (layer, {*modules, *_PARAMETERS}, {*read}),
-        (conv1d, {*_WEIGHTS}, set[str]()),
+        (conv1d, {*_WEIGHTS}, set()),
         (norm, {*_WEIGHTS}, {*_OF_NORM}),
     )
     return all(_is_plain(owner, held, values) for owner, held, values in owners)
 
 
-def _is_plain(module: nn.Module, held: set[str], values: set[str]) -> bool:
+def _is_plain(module: Any, held: set[str], values: set[str]) -> bool:
     """Whether a module has what its dictionaries say: submodules and parameters that it holds, and other values."""
     kind = type(module)
     if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:

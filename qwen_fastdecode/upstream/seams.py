@@ -20,7 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 import transformers
 
 if sys.version_info >= (3, 11):
@@ -122,21 +121,11 @@ def current_sources(upstream: Upstream, forward: Any) -> dict[str, Any]:
     return {name: function for name, function in found.items() if name in known or function is not None}
 
 
-def stood_in_for(upstream: Upstream) -> tuple[tuple[Any, str, Any], ...]:
-    """(owner, name, function) of what upstream's forward calls and a fast step does not, as it is now.
-
-    A later step compares: who replaces one of them means to change what a layer computes.
-    """
-    module = sys.modules[upstream.layer_class.__module__]
-    forward = f"{upstream.layer_class.__name__}.forward"
-    found = []
-    for dotted in _names(upstream):
-        *outer, name = dotted.split(".")
-        owner = getattr(module, outer[0], None) if outer else module
-        if dotted != forward and outer[:1] != [upstream.layer_class.__name__] and hasattr(owner, name):
-            found.append((owner, name, getattr(owner, name)))
-    functions = torch.nn.functional  # which they call in their turn
-    return (*found, (functions, "silu", functions.silu), (functions, "softplus", functions.softplus))
+def norm_classes(upstream: Upstream) -> tuple[type, ...]:
+    """The classes of gated norms that its module has: its own, and up to 5.14 flash-linear-attention's."""
+    module, name = sys.modules[upstream.layer_class.__module__], upstream.layer_class.__name__
+    names = name.replace("GatedDeltaNet", "RMSNormGated"), "FusedRMSNormGated"
+    return tuple([held for held in map(vars(module).get, names) if isinstance(held, type)])
 
 
 def foreign_patch(current: dict[str, Any]) -> str | None:
@@ -194,9 +183,7 @@ def _find(module: ModuleType, dotted: str) -> Any:
     value: Any = module
     for name in dotted.split("."):
         value = getattr(value, name, None)
-    if type(value).__module__.startswith("kernels."):  # where installed, `kernels` makes functions into modules
-        (value,) = inspect.getclosurevars(type(value).forward).nonlocals.values()
-    return value
+    return called_by(value)
 
 
 @cache
@@ -220,6 +207,13 @@ def _foreign(forward: Any) -> str | None:
         if not code.co_filename.startswith(root):
             return f"{code.co_qualname if sys.version_info >= (3, 11) else code.co_name} in {code.co_filename}"
     return None
+
+
+def called_by(value: Any) -> Any:
+    """The function that a call of `value` calls: where installed, `kernels` makes functions into modules."""
+    if type(value).__module__.startswith("kernels."):
+        (value,) = inspect.getclosurevars(type(value).forward).nonlocals.values()
+    return value
 
 
 def unwrap(function: Any) -> Any:

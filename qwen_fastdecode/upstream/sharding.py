@@ -19,7 +19,7 @@ STYLE = "colwise_gather_output"
 class Ranks(NamedTuple):
     """The ranks of a process group, and which of them this process is."""
 
-    group: Any
+    group: dist.ProcessGroup
     rank: int
     size: int
 
@@ -41,7 +41,7 @@ def ranks_of(layer: nn.Module, projections: Iterable[str]) -> Ranks | None:
     return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
 
-def _mesh(projection: Any) -> Any:
+def _mesh(projection: nn.Module) -> Any:
     """The device mesh over which the style shards a projection's rows; None without its mark."""
     has = getattr(projection, "__dict__", {}).get
     if has("_hf_tp_plan") == STYLE:  # up to 5.15
@@ -75,7 +75,7 @@ class ProjectionCall(NamedTuple):
         return not self.hooks and not self.pre_hooks and _is_gathering_forward(self.forward)
 
 
-def projection_call(projection: Any) -> ProjectionCall:
+def projection_call(projection: nn.Module) -> ProjectionCall:
     has = vars(projection).get
     hooks, pre_hooks = tuple(projection._forward_hooks.values()), tuple(projection._forward_pre_hooks.values())
     return ProjectionCall(type(projection), has("_hf_tp_plan"), has("forward"), hooks, pre_hooks)

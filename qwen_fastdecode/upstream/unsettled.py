@@ -24,9 +24,11 @@ from torch import Tensor
 
 from ..ops.step import States
 from .caches import SETTLES, stored_states
+from .protocols import CacheLayer
 
 _DEBT = "_qwen_fastdecode_debt"  # the attribute of a layer that owes
-_owing: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # by id: a layer may not be hashable
+# By id: a layer may not be hashable.
+_owing: weakref.WeakValueDictionary[int, CacheLayer] = weakref.WeakValueDictionary()
 
 
 class Debt(Protocol):
@@ -60,7 +62,11 @@ class Debt(Protocol):
 
 
 class Unsettled:
-    """What a cache layer's class is while it owes, beside itself."""
+    """What a cache layer's class is while it owes, beside itself: that has these attributes."""
+
+    conv_states: Any
+    recurrent_states: Any
+    has_previous_state: bool | dict[int, bool]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         debt = debt_of(self)
@@ -73,6 +79,20 @@ class Unsettled:
             # The debt comes back to the layer, and is none of the copy's: the attributes as they are now, and the form
             # of protocol 0, as from 2 on pickle compares the layer's class with that of the form.
             return tuple(dict(part) if part is vars(self) else part for part in self.__reduce_ex__(0))
+
+    def __getstate__(self) -> Any:
+        settle(self, by_reader=True)
+        with _of_its_own_class(self):
+            state = self.__getstate__()
+            return dict(state) if state is vars(self) else state
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Who gives the layer another class takes this one away: it owes nothing then, also where a graph holds it."""
+        own: Any = own_class(self)
+        if name == "__class__":
+            settle(self, by_reader=True)
+            settled_by(self)
+        own.__setattr__(self, name, value)
 
     def __copy__(self) -> Any:
         return _copy(self, copy.copy)
@@ -97,7 +117,7 @@ class Unsettled:
             return self.reorder_cache(*args, **kwargs)
 
 
-def owe(layer: Any, debt: Debt) -> None:
+def owe(layer: CacheLayer, debt: Debt) -> None:
     """The layer's tensors are not true until `debt` is settled; a debt that is there already is replaced."""
     vars(layer)[_DEBT] = debt
     if not isinstance(layer, Unsettled):
@@ -106,13 +126,13 @@ def owe(layer: Any, debt: Debt) -> None:
     _owing[id(layer)] = layer
 
 
-def debt_of(layer: Any) -> Debt | None:
+def debt_of(layer: CacheLayer) -> Debt | None:
     """What the layer owes."""
     return vars(layer).get(_DEBT)
 
 
-def settle(layer: Any, *, by_reader: bool = False) -> None:
-    """Makes the layer's tensors true. Where that fails the layer goes on owing."""
+def settle(layer: CacheLayer | None, *, by_reader: bool = False) -> None:
+    """Makes the layer's tensors true, where there is a layer. Where that fails it goes on owing."""
     if not isinstance(layer, Unsettled):
         return
     debt = debt_of(layer)
@@ -125,24 +145,24 @@ def settle(layer: Any, *, by_reader: bool = False) -> None:
         _forget(layer)
 
 
-def owed_tensors(layer: Any) -> list[Tensor]:
+def owed_tensors(layer: CacheLayer) -> list[Tensor]:
     """What the layer's debt holds beside the states."""
     debt = debt_of(layer)
     return [] if debt is None else [*debt.tensors()]
 
 
-def own_class(layer: Any) -> type:
+def own_class(layer: CacheLayer) -> type:
     """The class of a cache layer, whether or not it owes."""
     kind: type = type(layer)
     return kind.__mro__[1] if isinstance(layer, Unsettled) else kind  # after the subclass, its own class
 
 
-def settled_by(layer: Any) -> None:
+def settled_by(layer: CacheLayer) -> None:
     """Somebody made the layer's tensors true, or gave them up: it owes nothing any more."""
     _forget(layer)
 
 
-def owing_layers() -> Iterator[tuple[Any, Debt]]:
+def owing_layers() -> Iterator[tuple[CacheLayer, Debt]]:
     """Every living cache layer that owes."""
     for layer in list(_owing.values()):
         debt = debt_of(layer)
@@ -150,15 +170,15 @@ def owing_layers() -> Iterator[tuple[Any, Debt]]:
             yield layer, debt
 
 
-def _forget(layer: Any) -> None:
+def _forget(layer: CacheLayer) -> None:
     vars(layer).pop(_DEBT, None)
     _owing.pop(id(layer), None)
     if isinstance(layer, Unsettled):
-        layer.__class__ = own_class(layer)
+        object.__setattr__(layer, "__class__", own_class(layer))
 
 
 @contextmanager
-def _of_its_own_class(layer: Any, *, owing: bool = False) -> Iterator[None]:
+def _of_its_own_class(layer: CacheLayer, *, owing: bool = False) -> Iterator[None]:
     """For the length of a block. Afterwards, also where it raised, the layer owes again what lasts, or as it did."""
     debt = debt_of(layer)
     _forget(layer)
@@ -193,7 +213,7 @@ def _settling(name: str) -> property:
     return property(get, put)
 
 
-def _copy(layer: Any, how: Any) -> Any:
+def _copy(layer: CacheLayer, how: Any) -> Any:
     """A copy that owes as well, where the debt says so, else one of the settled layer."""
     debt = debt_of(layer)
     kept = None if debt is None else debt.of_copy()

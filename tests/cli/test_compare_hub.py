@@ -100,6 +100,7 @@ def test_each_error_is_one_line(names: dict[str, list[str]], hub: str, tmp_path:
         assert error.endswith(SAID[name]) or SAID[name].endswith(" ")
 
 
+@pytest.mark.slow
 def test_nobody_answers(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

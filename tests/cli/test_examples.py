@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
+import io
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from programs import ENVIRONMENT, ROOT, TINY, python
+import pytest
+from programs import ROOT, TINY, python
 from transformers import AutoModelForCausalLM
 
 EXAMPLES = ROOT / "examples"
 
 
-def test_a_chat_that_streams(tmp_path: Path) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, program: Path, *arguments: Path, said: str = "") -> None:
+    """In this process, as importing takes seconds."""
+    monkeypatch.setattr(sys, "argv", [str(program), *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    runpy.run_path(str(program), run_name="__main__")
+
+
+def test_a_chat_that_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     (folder / "chat_template.jinja").write_text("{% for turn in messages %}{{ turn.content }}\n{% endfor %}")
     (folder / "generation_config.json").write_text('{"eos_token_id": 0, "pad_token_id": 0, "do_sample": false}')
-    program = (EXAMPLES / "chat.py").read_text().replace("max_new_tokens=512", "max_new_tokens=12")
-    done = subprocess.run(
-        [sys.executable, "-c", program, folder],
-        input="A class definition\nThe for statement\n\n",
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "3 of 3 gated DeltaNet layers covered" in done.stdout
-    assert len(done.stdout.splitlines()) > 4
+    program = tmp_path / "chat.py"
+    program.write_text((EXAMPLES / "chat.py").read_text().replace("max_new_tokens=512", "max_new_tokens=12"))
+    run(monkeypatch, program, folder, said="A class definition\nThe for statement\n\n")
+    printed = capsys.readouterr().out
+    assert "3 of 3 gated DeltaNet layers covered" in printed
+    assert len(printed.splitlines()) > 4
 
 
-def test_a_chat_without_a_template_says_what_to_do() -> None:
-    done = python(EXAMPLES / "chat.py", TINY)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"{TINY} has no chat template; batch.py takes plain prompts"
+def test_a_chat_without_a_template_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=f"{TINY} has no chat template; batch.py takes plain prompts"):
+        run(monkeypatch, EXAMPLES / "chat.py", TINY)
 
 
-def test_a_batch_job(tmp_path: Path) -> None:
+def test_a_batch_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The for statement is\n\nA class\n")
-    done = python(EXAMPLES / "batch.py", TINY, prompts)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("A class")  # the shorter one comes first
-    assert "\n\nThe for statement is" in done.stdout
-    assert "torch    127" in done.stderr
+    run(monkeypatch, EXAMPLES / "batch.py", TINY, prompts)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("A class")  # the shorter one comes first
+    assert "\n\nThe for statement is" in printed.out
+    assert "torch    127" in printed.err
 
 
 def test_a_model_of_real_head_counts(tmp_path: Path) -> None:

@@ -61,18 +61,12 @@ ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1
 
 
 @pytest.mark.parametrize("launcher", [(), pytest.param(ACCELERATE, marks=pytest.mark.slow)])
-def test_a_script_with_a_pipeline(launcher: tuple[str, ...], expected: str, tmp_path: Path) -> None:
+def test_a_script_with_a_pipeline_and_options(launcher: tuple[str, ...], expected: str, tmp_path: Path) -> None:
     write(tmp_path / "program.py", PIPELINE)
-    done = python(*launcher, *RUN, "--report", "program.py", TINY, cwd=tmp_path)
+    options = ("--deferred-state", "--cuda-graph", "--report")  # on a CPU the report says why neither does anything
+    done = python(*launcher, *RUN, *options, "program.py", TINY, cwd=tmp_path)
     assert done.stdout == f"{expected}\n", done.stderr
     assert fast_steps(done.stderr) == [NEW - 1] * LINEAR
-
-
-def test_options_of_run_are_those_of_patch(expected: str, tmp_path: Path) -> None:
-    """What the reports say of them: on a CPU, why neither does anything."""
-    write(tmp_path / "program.py", PIPELINE)
-    done = python(*RUN, "--deferred-state", "--cuda-graph", "--report", "program.py", TINY, cwd=tmp_path)
-    assert done.stdout == f"{expected}\n", done.stderr
     assert "deferred_state: two passes on the torch backend" in done.stderr
     assert "the model is not on a CUDA device" in done.stderr
 
@@ -113,6 +107,7 @@ def test_what_cannot_be_patched_ends_the_program_in_one_line(tmp_path: Path) -> 
     assert line.startswith("qwen-fastdecode run: transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5GatedDeltaNet ")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_patched_fails_every_import_and_is_said_once(tmp_path: Path) -> None:
     write(tmp_path / "program.py", UNKNOWN + ATTEMPTS)
     done = python(*RUN, "program.py", cwd=tmp_path)
@@ -120,6 +115,7 @@ def test_what_cannot_be_patched_fails_every_import_and_is_said_once(tmp_path: Pa
     assert len(said(done.stderr)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 def test_unknown_code_is_named(strict: bool, tmp_path: Path) -> None:
     write(tmp_path / "program.py", UNKNOWN + IMPORT)

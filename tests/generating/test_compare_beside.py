@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen_fastdecode.cli.arguments import Exit
-from qwen_fastdecode.cli.compare import beside
+from qwen_fastdecode.cli.compare import beside, sides
 from qwen_fastdecode.cli.compare.render import as_json, headline, render
 from qwen_fastdecode.cli.compare.result import COMPILED, CUDA_GRAPH, PATCHED, UPSTREAM, Comparison
 from qwen_fastdecode.cli.compare.run import compare, total_runs
@@ -28,6 +28,12 @@ PROMPTS = ("A class definition", 'The "for" statement is used to')
 FEW = Settings(new_tokens=12, repeat=3)
 
 pytestmark = pytest.mark.usefixtures(stand_in.__name__)
+
+
+@pytest.fixture(autouse=True)
+def _short_first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sides, beside):
+        monkeypatch.setattr(module, "HUNDRED", 12)
 
 
 @lru_cache

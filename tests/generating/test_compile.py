@@ -11,6 +11,7 @@ from models import LINEAR, PROMPT, TRAINED, build, generate, load, prompt
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from transformers import CompileConfig, PreTrainedModel, StaticCache
+from transformers.activations import ACT2FN
 
 import qwen_fastdecode as qf
 
@@ -148,6 +149,25 @@ def test_patch_of_everything_covers_a_layer_whose_first_use_is_compiled() -> Non
     assert torch.equal(token, expected[:, -1:])
     assert recorder.operators == [0, 1]  # the prompt's pass, the decode step
     assert qf.status(model).covered == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_graph_notices_an_activation_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * torch.nn.functional.silu(x)
+
+    model, recorder = small(), Recorder()
+    step, expected = recorder.compile(model), decode(model, model.forward, 8)
+    with monkeypatch.context() as patching:
+        patching.setitem(ACT2FN, "silu", Doubled)
+        doubled = decode(model, model.forward, 8)
+    assert not torch.equal(doubled, expected)
+    qf.patch(model)
+    assert torch.equal(decode(model, step, 8), expected)
+    monkeypatch.setitem(ACT2FN, "silu", Doubled)
+    assert torch.equal(decode(model, step, 8), doubled)
+    assert recorder.operators == [1, 0]
 
 
 def test_generate_compiles_its_own_decode_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -230,7 +231,24 @@ def _forward(model: Any) -> None:
     model.lm_head.forward = lambda x: -own(x)
 
 
+def _scaling(model: Any) -> None:
+    attention_of(model).scaling *= 3
+
+
+def _other_class(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    kind = type(mlp)
+    mlp.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: -kind.forward(self, x)})
+
+
+def _fewer_layers(model: Any) -> None:
+    model.config.num_hidden_layers = LINEAR
+
+
 AGAIN = {
+    "number": _scaling,
+    "class": _other_class,
+    "configuration": _fewer_layers,
     "weight": _replace_weight,
     "data": _replace_data,
     "module": _replace_module,
@@ -243,6 +261,35 @@ AGAIN = {
 def test_what_changes_during_a_call_is_captured_again(what: str) -> None:
     expected, _ = meddled(AGAIN[what], capture=False)
     found, status = meddled(AGAIN[what], capture=True)
+    assert torch.equal(found, expected)
+    assert (status.captures, status.replays) == (2, 23 - 4)
+
+
+def attention_of(model: Any) -> Any:
+    return model.model.layers[-1].self_attn
+
+
+CODE: dict[str, Callable[[Any], tuple[Any, str]]] = {
+    "a class's forward": lambda model: (type(model.model.layers[0].mlp), "forward"),
+    "the model's own": lambda model: (type(model.model.norm), "forward"),
+    "a function of PyTorch": lambda model: (torch.nn.functional, "linear"),
+    "a function of the module": lambda model: (sys.modules[type(attention_of(model)).__module__], "rotate_half"),
+    "what attention is computed by": lambda model: (torch.nn.functional, "scaled_dot_product_attention"),
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_code_that_changes_during_a_call_is_captured_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enlarge(model: Any, patching: pytest.MonkeyPatch) -> None:
+        owner, name = CODE[what](model)
+        function = getattr(owner, name)
+        patching.setattr(owner, name, lambda *args, **kwargs: -9 * function(*args, **kwargs))
+
+    unchanged, _ = meddled(lambda model: None, capture=False)
+    with monkeypatch.context() as patching:
+        expected, _ = meddled(partial(enlarge, patching=patching), capture=False)
+    found, status = meddled(partial(enlarge, patching=monkeypatch), capture=True)
+    assert not torch.equal(unchanged, expected)
     assert torch.equal(found, expected)
     assert (status.captures, status.replays) == (2, 23 - 4)
 

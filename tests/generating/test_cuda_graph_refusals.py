@@ -363,6 +363,7 @@ print(qwen_fastdecode.status().graphs)
 """
 
 
+@pytest.mark.slow
 def test_a_program_that_is_not_edited(tmp_path: Path) -> None:
     """On this machine without a GPU it says so, of each call."""
     (tmp_path / "program.py").write_text(PROGRAM.format(tests=str(Path(__file__).parent.parent)))

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures(stand_in.__name__)
 NEW = 24
 
 
-@pytest.mark.parametrize("checkpoint", [pytest.param(TRAINED[0], marks=pytest.mark.slow), *TRAINED[1:]])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", TRAINED)
 def test_512_free_running_tokens_are_identical(checkpoint: str) -> None:
     model, tokens = load(checkpoint), prompt(checkpoint)[:1]
     expected = generate(model, 512, tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, build, cache_tensors, forward, generate, linear_layers
+from models import FAMILIES, FEW_HEADS, LINEAR, build, cache_tensors, forward, generate, linear_layers
 from small_rings import N, small_rings
 from tolerances import BFLOAT16_STATE, FLOAT32_MODEL, relative_rms
 from torch import Tensor
@@ -23,7 +23,7 @@ import qwen_fastdecode as qf
 from qwen_fastdecode.ops.ring import advance, pending
 from qwen_fastdecode.steps.deferred import HASTY, RingDebt
 from qwen_fastdecode.upstream.caches import ARE_WATCHED
-from qwen_fastdecode.upstream.unsettled import debt_of
+from qwen_fastdecode.upstream.unsettled import debt_of, own_class
 
 pytestmark = [
     pytest.mark.usefixtures(small_rings.__name__),
@@ -139,6 +139,23 @@ def saved(model: PreTrainedModel, cache: Cache) -> Cache:
     return cache
 
 
+def state_dictionary(model: PreTrainedModel, cache: Cache) -> Cache:
+    """Made again by hand, as serializers do that know `__getstate__` (of every object from Python 3.11 on)."""
+    for layer in linear_layers(model):
+        old = cache.layers[layer.layer_idx]
+        new = cache.layers[layer.layer_idx] = own_class(old).__new__(own_class(old))
+        vars(new).update(old.__getstate__() if hasattr(object, "__getstate__") else vars(copy.copy(old)))
+    return cache
+
+
+def another_class(model: PreTrainedModel, cache: Cache) -> Cache:
+    for layer in linear(model, cache):
+        own = own_class(layer)
+        layer.__class__ = type(own.__name__, (own,), {})
+        recurrent(layer).mul_(0.5)
+    return cache
+
+
 def unpatched(model: PreTrainedModel, cache: Cache) -> Cache:
     qf.unpatch(model)
     assert owing(model, cache) == 0
@@ -185,6 +202,8 @@ READERS = [
     original_of_deepcopy,
     pickled,
     saved,
+    state_dictionary,
+    another_class,
     unpatched,
     patched_otherwise,
     with_gradients,
@@ -256,7 +275,7 @@ def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:
 
 @pytest.mark.parametrize("between", [read, pytest.param(several_tokens, marks=pytest.mark.slow), reset])
 def test_by_the_kernels(between: Read) -> None:
-    model = build()
+    model = build(**FEW_HEADS)
     logits, held = story(model, between, N + 1)
     patch(model, "triton")
     found, holds = story(model, between, N + 1)
@@ -308,7 +327,7 @@ def test_every_family_says_the_same(family: str) -> None:
     "options", [{}, pytest.param({"cache_implementation": "static", "disable_compile": True}, marks=pytest.mark.slow)]
 )
 def test_generating_with_the_kernels(options: dict[str, Any]) -> None:
-    model = build()
+    model = build(**FEW_HEADS)
     expected = generate(model, 14, **options)
     patch(model, "triton")
     assert torch.equal(generate(model, 14, **options), expected)

@@ -56,7 +56,7 @@ class Run:
 def test_every_ring_at_every_cursor(N: int) -> None:
     """Settled after each number of steps: every phase of every head, by the kernel and by PyTorch in turn."""
     for steps in range(0, 2 * N + 2, 1 if N <= 4 else 3):
-        run = Run(N, B=2, seed=steps, together=2, layer=1)
+        run = Run(N, R=1, seed=steps, together=2, layer=1)
         assert all(run.token() <= FLOAT32 for _ in range(steps))
         assert run.state_error(settle if steps % 2 else settle_triton) <= FLOAT32
         assert run.token() <= FLOAT32  # a settled ring begins anew

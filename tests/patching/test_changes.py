@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEAR, PROMPT, build, cache_tensors, forward, linear_layers
+from models import FEW_HEADS, LINEAR, PROMPT, build, cache_tensors, forward, linear_layers
 from tolerances import FLOAT32_MODEL, relative_rms
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
@@ -189,8 +189,8 @@ def steps_around(change: Callable[[Any], Any], model: nn.Module) -> list[Tensor]
 @pytest.mark.parametrize("family", [pytest.param("qwen3_next", marks=pytest.mark.slow), "qwen3_5"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_next_step_works_with_what_is_there(change: Callable[[Any], None], family: str) -> None:
-    expected = steps_around(change, build(family))
-    model = build(family)
+    expected = steps_around(change, build(family, **FEW_HEADS))
+    model = build(family, **FEW_HEADS)
     qf.patch(model, backend="triton")
     actual = steps_around(change, model)
     assert max(map(relative_rms, actual, expected)) <= FLOAT32_MODEL
