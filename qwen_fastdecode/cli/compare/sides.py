@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def compiled(model: Any) -> Iterator[None]:
     torch._dynamo.reset()
     config.cache_implementation = "static"
     try:
-        with fresh_cache():
+        with fresh_cache(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice to who develops it
             yield
     finally:
         config.cache_implementation = before
