@@ -158,15 +158,16 @@ def test_what_is_found_under_a_name_is_what_counts(
     qf.patch(model)
     with monkeypatch.context() as patching:
         actual = steps(model, lambda: change(Replacing(patching, model)))
-    matters = not all(map(torch.equal, expected, before))
-    if hasattr(Replacing(monkeypatch, model).module, "causal_conv1d_update"):  # 5.15 on: all of them are looked up
-        assert matters
     status = qf.status(model)
-    assert status.fast_steps == (1 if matters else 3) * LINEAR
-    assert status.fallbacks.get(str(Reason.CHANGED_UPSTREAM), 0) == (2 * LINEAR if matters else 0)
+    noticed = str(Reason.CHANGED_UPSTREAM) in status.fallbacks
+    if "causal_conv1d_update" not in vars(linear_layers(model)[0]):  # up to 5.14 it is, and fewer names are looked up
+        assert noticed
+        assert not all(map(torch.equal, expected, before))
+    assert status.fast_steps == (1 if noticed else 3) * LINEAR
+    assert status.fallbacks.get(str(Reason.CHANGED_UPSTREAM), 0) == (2 * LINEAR if noticed else 0)
     assert max(map(relative_rms, actual, expected)) <= FLOAT32_MODEL
     steps(model)  # with everything back in its place
-    assert qf.status(model).fast_steps == (4 if matters else 6) * LINEAR
+    assert qf.status(model).fast_steps == (4 if noticed else 6) * LINEAR
 
 
 def test_a_function_for_prompts_is_the_business_of_whoever_puts_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
