@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, PROMPT, USUAL, build, cache_tensors, forward, linear_layers
+from models import FAMILIES, LINEAR, PROMPT, USUAL, build, cache_tensors, forward, judge_upstream, linear_layers
 from tolerances import FLOAT32_MODEL, relative_rms
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import ACT2FN, ClassInstantier
 
 import qwen_fastdecode as qf
@@ -186,6 +187,12 @@ def test_layers_that_are_alike_share_what_is_compared() -> None:
     model = build()
     qf.patch(model)
     assert len({id(plan_of(layer).lookups) for layer in linear_layers(model)}) == 1  # type: ignore[union-attr]
+
+
+def test_activations_are_judged_by_real_numbers() -> None:
+    judge_upstream()
+    with FakeTensorMode():
+        assert qf.patch(build()).covered == LINEAR
 
 
 def test_an_activation_that_was_replaced_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
