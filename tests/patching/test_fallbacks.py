@@ -395,8 +395,9 @@ def replaced_forward(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def compiled_norm(model: PreTrainedModel) -> Iterator[None]:
+    """As `norm.compile()` leaves it, with a backend that computes something else."""
     for layer in linear_layers(model):
-        layer.norm.compile(backend=lambda graph, inputs: lambda *args: [2 * graph(*args)[0]])
+        layer.norm._compiled_call_impl = lambda *args, norm=layer.norm: 2 * norm.forward(*args)
     yield
 
 
