@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.activations import ACT2FN
 
 from .seams import called_by, unwrap
@@ -52,7 +53,8 @@ class Lookups:
         for owner, name, _ in self._attributes:
             if name in vars(owner):
                 own.setdefault(owner, []).append(name)
-        self._own = [(read := itemgetter(*names), vars(owner), read(vars(owner))) for owner, names in own.items()]
+        readers = [(itemgetter(*names, names[0]), vars(owner)) for owner, names in own.items()]  # of tuples, always
+        self._own = [(read, names, read(names)) for read, names in readers]
         self._inherited = [lookup for lookup in self._attributes if lookup.name not in vars(lookup.owner)]
 
     def find_the_same(self) -> bool:
@@ -152,10 +154,11 @@ def _of_activations(activations: Sequence[str], seen: set[CodeType]) -> Iterator
 @torch.no_grad()
 def is_activation(name: str, gate: str) -> bool:
     """Whether what upstream finds in ACT2FN computes "silu" or "sigmoid"."""
-    x = torch.linspace(-9, 9, 19, dtype=torch.float64, device="cpu")
-    exact = 1 / (1 + torch.exp(-x))
-    found = ACT2FN[name](x)
-    return isinstance(found, Tensor) and torch.allclose(found, x * exact if gate == "silu" else exact)
+    with _disable_current_modes():  # the model may have fake tensors; these numbers are real
+        x = torch.linspace(-9, 9, 19, dtype=torch.float64, device="cpu")
+        exact = 1 / (1 + torch.exp(-x))
+        found = ACT2FN[name](x)
+        return isinstance(found, Tensor) and torch.allclose(found, x * exact if gate == "silu" else exact)
 
 
 @cache

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, LINEAR, PROMPT, USUAL, build, cache_tensors, forward, linear_layers
+from models import FAMILIES, LINEAR, PROMPT, USUAL, build, cache_tensors, forward, judge_upstream, linear_layers
 from tolerances import FLOAT32_MODEL, relative_rms
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.activations import ACT2FN, ClassInstantier
 
 import qwen_fastdecode as qf
@@ -158,15 +159,16 @@ def test_what_is_found_under_a_name_is_what_counts(
     qf.patch(model)
     with monkeypatch.context() as patching:
         actual = steps(model, lambda: change(Replacing(patching, model)))
-    matters = not all(map(torch.equal, expected, before))
-    if hasattr(Replacing(monkeypatch, model).module, "causal_conv1d_update"):  # 5.15 on: all of them are looked up
-        assert matters
     status = qf.status(model)
-    assert status.fast_steps == (1 if matters else 3) * LINEAR
-    assert status.fallbacks.get(str(Reason.CHANGED_UPSTREAM), 0) == (2 * LINEAR if matters else 0)
+    noticed = str(Reason.CHANGED_UPSTREAM) in status.fallbacks
+    if "causal_conv1d_update" not in vars(linear_layers(model)[0]):  # up to 5.14 it is, and fewer names are looked up
+        assert noticed
+        assert not all(map(torch.equal, expected, before))
+    assert status.fast_steps == (1 if noticed else 3) * LINEAR
+    assert status.fallbacks.get(str(Reason.CHANGED_UPSTREAM), 0) == (2 * LINEAR if noticed else 0)
     assert max(map(relative_rms, actual, expected)) <= FLOAT32_MODEL
     steps(model)  # with everything back in its place
-    assert qf.status(model).fast_steps == (4 if matters else 6) * LINEAR
+    assert qf.status(model).fast_steps == (4 if noticed else 6) * LINEAR
 
 
 def test_a_function_for_prompts_is_the_business_of_whoever_puts_it_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +187,12 @@ def test_layers_that_are_alike_share_what_is_compared() -> None:
     model = build()
     qf.patch(model)
     assert len({id(plan_of(layer).lookups) for layer in linear_layers(model)}) == 1  # type: ignore[union-attr]
+
+
+def test_activations_are_judged_by_real_numbers() -> None:
+    judge_upstream()
+    with FakeTensorMode():
+        assert qf.patch(build()).covered == LINEAR
 
 
 def test_an_activation_that_was_replaced_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
