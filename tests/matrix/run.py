@@ -104,10 +104,9 @@ def main() -> int:
     thin = options.thin or options.changed
     results = run_all([*releases, *unlisted], THIN if thin else ALL, options.jobs, console)
     if options.releases is None and not options.changed:
-        families = list(dict.fromkeys(family for result in results for family, _ in result.cells))
         TABLE.parent.mkdir(exist_ok=True)
         how = "make matrix" if not thin else "python tests/matrix/run.py --thin"
-        TABLE.write_text(render(results, _features(), families, how), encoding="utf-8")
+        TABLE.write_text(render(results, _features(), how), encoding="utf-8")
         console.print(f"wrote {TABLE.relative_to(ROOT)}")
     if not all(result.fine for result in results):
         console.print(summary(results), markup=False, highlight=False)

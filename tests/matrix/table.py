@@ -49,6 +49,15 @@ def read_result(release: str, report: Path, features: list[str]) -> Result:
     return result
 
 
+def _families(results: list[Result]) -> list[str]:
+    """By the first release that has them, then by name: tests run in an order of their own."""
+    first: dict[str, int] = {}
+    for i, result in enumerate(results):
+        for family, _ in result.cells:
+            first.setdefault(family, i)
+    return sorted(first, key=lambda family: (first[family], family))
+
+
 def _cell(found: re.Match[str], features: list[str]) -> tuple[str, str]:
     if found["lifecycle"]:
         return found["family"], "patch and unpatch"
@@ -56,7 +65,7 @@ def _cell(found: re.Match[str], features: list[str]) -> tuple[str, str]:
     return found["case"].removesuffix(f"-{feature}"), feature
 
 
-def render(results: list[Result], features: list[str], families: list[str], how: str) -> str:
+def render(results: list[Result], features: list[str], how: str) -> str:
     """The document: one table a family, a row a range of releases that are alike, and upstream's own words below."""
     notes: dict[str, int] = {}
     columns = [*features, "patch and unpatch"]
@@ -71,7 +80,7 @@ def render(results: list[Result], features: list[str], families: list[str], how:
         "- -: these releases of Transformers do not have the family, or not in the form that is supported.",
         "",
     ]
-    for family in families:
+    for family in _families(results):
         cells = [[_show(x.cells.get((family, column)), x, notes) for column in columns] for x in results]
         lines += [f"## {family}", "", table(["Transformers", *columns], _alike(results, cells)), ""]
     counts = [[str(x.passed), f"{len(x.failed)}{'; ' + x.trouble if x.trouble else ''}"] for x in results]
