@@ -52,6 +52,7 @@ def test_a_batch_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "torch    127" in printed.err
 
 
+@pytest.mark.slow
 def test_a_model_of_real_head_counts(tmp_path: Path) -> None:
     done = python(EXAMPLES / "real_heads.py", tmp_path / "model")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # also where torchao is, which complains

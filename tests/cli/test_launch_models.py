@@ -143,6 +143,7 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
 """
 
 
+@pytest.mark.slow
 def test_forked_processes_report_for_themselves(tmp_path: Path) -> None:
     write(tmp_path / "program.py", FORKING)
     done = python(*RUN, "--report", "program.py", TINY, cwd=tmp_path)

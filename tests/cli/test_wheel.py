@@ -70,6 +70,7 @@ def test_its_description_is_the_readme_with_links_that_work_outside_the_reposito
     assert {"License-Expression", "Author", "Project-URL", "Requires-Python", "Keywords"} <= {*about.keys()}
 
 
+@pytest.mark.slow
 def test_the_wheel_patches_a_model_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"

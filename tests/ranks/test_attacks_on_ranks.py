@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import tp_scenarios
@@ -40,6 +41,7 @@ def _said(model: Any, rank: int) -> torch.Tensor:
     return generate(model, 3, prompt)
 
 
+@pytest.mark.slow
 def test_weights_that_are_sharded_for_another_reason_are_not_tensor_parallel() -> None:
     assert on_ranks(2, _sharded) == [{"equal": True, "split": 0, "fast": True}] * 2
 

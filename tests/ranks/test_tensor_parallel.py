@@ -189,6 +189,7 @@ def _disagreements(rank: int, folder: Path) -> dict[str, str]:
     return told
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_are_told_so_within_seconds(tmp_path: Path) -> None:
     folder, _ = save(tmp_path / "model", "qwen3_5", **FOUR)
     zero, one = on_ranks(2, _disagreements, folder)
