@@ -19,9 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from qwen_fastdecode.ops.ring import kind_of, new_ring
 from qwen_fastdecode.ops.step import Recipe, Step
+from qwen_fastdecode.ops.triton import deferred_launch, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
-from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -47,19 +48,36 @@ def arguments(T: int, state: torch.dtype = torch.float32) -> tuple[torch.Tensor,
     return q, k, v.unflatten(2, (R, D)), z.unflatten(2, (R, D)), b, a, *states, *weights
 
 
-def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32) -> Any:
-    """The compiled kernel, specialised by Triton itself on the launcher's own arguments."""
+def pretend(arch: str) -> None:
+    """To Triton, that this is its device."""
     hip = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
     device = {"get_current_device": 0, "get_current_stream": 0, "get_current_target": target}
     driver.set_active(SimpleNamespace(**{name: lambda *_, value=value: value for name, value in device.items()}))
     torch.version.hip = arch if hip else None
+
+
+def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32) -> Any:
+    """The compiled kernel, specialised by Triton itself on the launcher's own arguments."""
+    pretend(arch)
     tensors = arguments(T, state)
     step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
     kernel, numbers, layout, options, _ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
     kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)
+
+
+def compile_deferred(arch: str) -> Any:
+    """The kernel that writes float32 states every N-th step."""
+    pretend(arch)
+    tensors = arguments(1)
+    step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
+    ring = new_ring(step.states.recurrent, HK, deferred_launch.FLOAT32.N)
+    _, rest, options = deferred_launch.describe(step, recipe, kind_of(ring), None, max_programs=10**6)
+    deferred_launch.decode_deferred.device_caches.clear()
+    out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
+    return deferred_launch.decode_deferred.warmup(*tensors, *ring, out, *rest, grid=(1,), **options)
 
 
 def read_nvidia(compiled: Any) -> dict[str, int]:
@@ -115,6 +133,10 @@ def rows(arch: str) -> list[dict[str, Any]]:
         for work, tile in shipped(arch, state).items():
             compiled = compile_for(arch, tile, 2 if "tokens" in work else 1, getattr(torch, state))
             found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled)})
+    if arch in KINDS.values():  # the only ones that its tile was measured on
+        tile = Tile(D, deferred_launch.FLOAT32.tile.num_warps, 1, deferred_launch.FLOAT32.tile.max_registers)
+        of = {"arch": arch, "state": "float32", "work": "deferred", **tile._asdict()}
+        found.append({**of, **read(compile_deferred(arch))})
     return found
 
 

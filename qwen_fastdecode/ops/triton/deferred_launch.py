@@ -78,8 +78,16 @@ def decode_deferred_triton(step: Step, recipe: Recipe, ring: Ring, tile: Deferre
 _Launch = Callable[[Step, Ring, list[int], list[int]], Tensor]
 
 
-def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
-    """Checks and compiles for one kind of steps and rings; returns what launches it."""
+class DeferredLaunch(NamedTuple):
+    """What a kind of steps and rings is launched with, beside the tensors themselves."""
+
+    grid: tuple[int, int, int]
+    rest: tuple[Any, ...]  # the kernel's arguments after the tensors
+    options: dict[str, Any]  # Triton's own
+
+
+def describe(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None, max_programs: int) -> DeferredLaunch:
+    """The launch for this kind of steps and rings, whatever device its tensors are on."""
     s = check_deferred(step, recipe)
     check_arguments(step)
     check_kind(kind, step.states.recurrent)
@@ -87,16 +95,22 @@ def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) 
     N = shapes[0][2]
     if dtypes != (*[torch.float32] * 3, torch.int32):
         raise UnsupportedStep("ring: expected float32, in which the Triton backend computes, and a cursor of int32")
-    v, recurrent = step.tokens.v, step.states.recurrent
-    device, dtype, shape = v.device, v.dtype, (s.N, s.HV * s.DV)
-    tile = tile or tuned(recurrent.dtype).tile
-    grid, items = _grid(s.B * s.HK, device)
+    tile = tile or tuned(step.states.recurrent.dtype).tile
+    items = s.B * s.HK
     whole = Tile(tiles.power_of_two(s.DV), tile.num_warps)
-    layout = layout_of(s, step, recipe, whole, strided=items > grid[0], pairs=True)
+    layout = layout_of(s, step, recipe, whole, strided=items > max_programs, pairs=True)
     _, _, *strides = numbers_of(s, step, items)
     block_n, parts = 1 << (N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
     rest = items, *strides, layout, N, block_n, parts, tile.prefetch
-    options = _options(tile)
+    return DeferredLaunch((min(items, max_programs), 1, 1), rest, _options(tile))
+
+
+def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
+    """Checks and compiles for one kind of steps and rings; returns what launches it."""
+    v, (_, dtypes, *_) = step.tokens.v, kind
+    device, dtype = v.device, v.dtype
+    grid, rest, options = describe(step, recipe, kind, tile, max_programs_on(device))
+    shape = v.shape[0], recipe.heads[1] * v.shape[3]
     if INTERPRETED:
 
         def interpret(step: Step, ring: Ring, *_: Any) -> Tensor:
@@ -133,20 +147,20 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
     check_ring(ring, recurrent_state)
     (B, HV, DK, DV), HK = recurrent_state.shape, ring.k.shape[1]
     tile = tile or tuned(recurrent_state.dtype).tile
-    grid, items = _grid(B * HK, recurrent_state.device)
+    items, most = B * HK, max_programs_on(recurrent_state.device)
     layout = SettleLayout(
         HK=HK,
         R=HV // HK,
         DK=DK,
         DV=DV,
-        strided=items > grid[0],
+        strided=items > most,
         state_head=recurrent_state.stride(1),
         BLOCK_K=tiles.power_of_two(DK),
         BLOCK_V=tiles.power_of_two(DV),
     )
     rest = items, recurrent_state.stride(0), layout, ring.N, min(tile.parts, layout.BLOCK_K)
     with torch.cuda.device(recurrent_state.device if recurrent_state.is_cuda else -1):
-        settle_states[grid](recurrent_state, *ring, *rest, **_options(tile))
+        settle_states[(min(items, most), 1, 1)](recurrent_state, *ring, *rest, **_options(tile))
 
 
 def tuned(state: torch.dtype) -> Tuned:
@@ -159,11 +173,6 @@ def together(state: torch.dtype, device: torch.device) -> int:
     if INTERPRETED:
         return 3
     return tuned(state).together * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _grid(items: int, device: torch.device) -> tuple[tuple[int, int, int], int]:
-    """The programs for so many items (sequences x key heads), and their number again."""
-    return (min(items, max_programs_on(device)), 1, 1), items
 
 
 def _options(tile: DeferredTile) -> dict[str, Any]:
