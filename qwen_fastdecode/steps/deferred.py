@@ -57,7 +57,7 @@ class DeferredStep:
         step = Step(parts.project(hidden_states), self.full.read, states, parts.weights)
         out = debt.deferral.decode(step, self.full.recipe, debt.ring)
         debt.steps += 1
-        if states.recurrent.is_cuda and torch.cuda.is_current_stream_capturing():
+        if captured(states):
             debt.hold()
         return parts.project_out(out)
 
@@ -100,7 +100,7 @@ class DeferredStep:
             return owed
         debt = self._debts.get(cache_layer)
         fits = debt is not None and debt.fits(states)
-        if not fits and states.recurrent.is_cuda and torch.cuda.is_current_stream_capturing():
+        if not fits and captured(states):
             raise PatchError(
                 "deferred_state=True: a ring cannot be allocated or emptied inside a CUDA graph, whose replays would "
                 "empty it again: make one decode step with this cache before capturing"
@@ -122,6 +122,11 @@ class DeferredStep:
             together = found.together(recurrent.device)
             ring = new_ring(recurrent, self.key_heads, found.N, together=together, layer=self.layer)
             return RingDebt(self, found, ring, recurrent, before)
+
+
+def captured(states: States) -> bool:
+    """Whether a CUDA graph records what is done to these states."""
+    return states.recurrent.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 _NOT_ON = "deferred_state: two passes on the {} backend, which gains nothing"

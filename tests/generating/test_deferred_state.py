@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 import qwen_fastdecode as qf
 from qwen_fastdecode.ops.ring import advance, pending
+from qwen_fastdecode.steps import deferred
 from qwen_fastdecode.steps.deferred import HASTY, RingDebt
 from qwen_fastdecode.upstream.caches import ARE_WATCHED
 from qwen_fastdecode.upstream.unsettled import debt_of, own_class
@@ -250,6 +251,21 @@ def test_whatever_comes_between_two_steps_that_a_graph_holds(between: Read) -> N
     found, own = story(model, held, 3)
     assert relative_rms(found, logits) <= FLOAT32_MODEL
     assert all(relative_rms(a, b) <= FLOAT32_MODEL for a, b in zip(own, holds, strict=True))
+
+
+def test_a_graph_of_somebodys_own_needs_a_ring_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring made while a graph records would be emptied by every replay."""
+    model = build()
+    cache, begun = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    patch(model)
+    for each in (cache, begun):
+        forward(model, TOKENS[:, :5], each)
+    forward(model, TOKENS[:, 5:6], begun)
+    monkeypatch.setattr(deferred, "captured", lambda states: True)
+    with pytest.raises(qf.PatchError, match="make one decode step with this cache before capturing"):
+        forward(model, TOKENS[:, 5:6], cache)
+    forward(model, TOKENS[:, 6:7], begun)
+    assert all(debt_of(layer).lasts for layer in linear(model, begun))  # type: ignore[union-attr]
 
 
 def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:

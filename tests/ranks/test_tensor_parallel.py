@@ -21,6 +21,7 @@ from tp_ranks import on_ranks
 from tp_scenarios import load_ranks
 
 import qwen_fastdecode as qf
+from qwen_fastdecode.layer.plan import plan_of
 from qwen_fastdecode.steps import ranks as agreement
 from qwen_fastdecode.upstream.unsettled import owing_layers
 
@@ -91,6 +92,17 @@ def _interrupted(model: Any) -> tuple[bool, bool, int]:
     return not own.isnan().any(), bool(other.isnan().all()), sum(1 for _ in owing_layers())
 
 
+def _deferred(model: Any) -> tuple[bool, bool]:
+    """Whether a ring is refused to split heads, and left to a rank that keeps all heads; nothing is patched after."""
+    with pytest.raises(qf.LayerNotCovered, match="deferred_state=True is not for heads split over ranks"):
+        qf.patch(model, head_parallel="on", deferred_state=True)
+    refused = all(plan_of(layer) is None for layer in linear_layers(model))
+    qf.patch(model, head_parallel="off", deferred_state=True)
+    kept = all(plan is not None and plan.strategy.defers for plan in map(plan_of, linear_layers(model)))
+    qf.unpatch(model)
+    return refused, kept
+
+
 def _counts(rank: int, divided: Path, undivided: Path) -> dict[str, Any]:
     """Collectives and bytes of one layer's step, by what was done to the model."""
     from benchmarks.ranks.tp_counts import of_a_layer
@@ -106,6 +118,7 @@ def _counts(rank: int, divided: Path, undivided: Path) -> dict[str, Any]:
 
     model = load_ranks(divided)
     found["spoilt"] = _interrupted(model)
+    found["deferred"] = _deferred(model)
     for mode in (None, "off", "on", "auto"):
         count(f"{mode}", model, mode)
     count("prefill", model, "on", new_tokens=3)
@@ -135,6 +148,7 @@ def test_collectives_and_what_keeps_heads_together(tmp_path: Path) -> None:
     prefill = 3 * (projections + out)
     for found in on_ranks(2, _counts, folder, odd):
         assert found["spoilt"] == (True, True, 0)
+        assert found["deferred"] == (True, True)
         for name, gathers, features, split in (
             ("None", 3, projections + out, 0),
             ("off", 3, projections + out, 0),
