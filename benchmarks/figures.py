@@ -16,7 +16,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import tables
+from benchmarks import deferred_tables, tables
 from benchmarks.markdown import table
 from benchmarks.tables import RESULTS, SOURCES
 
@@ -31,9 +31,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "cpu": tables.cpu,
     "ranks": tables.ranks,
     "states": tables.states,
-    "deferred": tables.deferred,
-    "deferred steps": tables.deferred_steps,
-    "deferred gain": tables.deferred_gain,
+    "deferred": deferred_tables.models,
+    "deferred steps": deferred_tables.steps,
+    "deferred gain": deferred_tables.gain,
 }
 
 

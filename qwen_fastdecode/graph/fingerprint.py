@@ -35,7 +35,7 @@ class Fingerprint:
         self._modules = modules
         self._config = model.config.get_text_config(decoder=True)
         classes, attention = tuple(dict.fromkeys(map(type, modules))), _attention_of(self._config)
-        self._lookups = lookups_of(() if attention is None else (attention,), classes, ())
+        own_lookups = lookups_of(() if attention is None else (attention,), classes, ())
         own = [vars(module) for module in modules]
         self._held = [kept["_parameters"] for kept in own if kept["_parameters"]]
         self._held += [kept["_buffers"] for kept in own if kept["_buffers"]]
@@ -46,6 +46,8 @@ class Fingerprint:
         names = [(kept, _values_of(module)) for module, kept in zip(modules, own, strict=True)]
         self._values = [(itemgetter(*values), kept) for kept, values in names if values]
         self._layers = [(module, plan) for module in modules if (plan := plan_of(module)) is not None]
+        # Layers that are alike share theirs, which are asked for once.
+        self._lookups = [*dict.fromkeys((own_lookups, *(plan.lookups for _, plan in self._layers)))]
         self._adapters = [kept for kept in own if "_disable_adapters" in kept]
         # Tensors that are plain attributes (the offsets of multimodal positions), which a prompt's pass replaces.
         self._attributes = [(kept, name) for kept in own for name, value in kept.items() if isinstance(value, Tensor)]
@@ -55,7 +57,7 @@ class Fingerprint:
     def holds(self) -> bool:
         """Whether nothing has changed."""
         try:
-            return self._lookups.find_the_same() and self._read() == self._expected
+            return all(lookups.find_the_same() for lookups in self._lookups) and self._read() == self._expected
         except KeyError:  # an attribute is gone
             return False
 
@@ -76,7 +78,7 @@ class Fingerprint:
             # One that stands there while another thread records a step of this model is no change.
             [None if type(own := kept.get("forward")) is StandIn else own for kept in self._own],
             [id(vars(layer).get(PLAN)) for layer, _ in self._layers],
-            [plan.holds_for(layer) for layer, plan in self._layers],
+            [plan.is_of(layer) for layer, plan in self._layers],
             [_adapter(kept) for kept in self._adapters],
         )
 

@@ -95,9 +95,13 @@ class Plan:
         """Memory beside the states of living caches: 0 but where they are deferred."""
         return self.strategy.ring_bytes if isinstance(self.strategy, DeferredStep) else 0
 
+    def is_of(self, layer: GatedDeltaNet) -> bool:
+        """Whether the layer is still what the plan was made from."""
+        return self.family.facts(layer) == self.facts
+
     def holds_for(self, layer: GatedDeltaNet) -> bool:
         """Whether the layer, and upstream's functions, are still what the plan was made from."""
-        return self.family.facts(layer) == self.facts and self.lookups.find_the_same()
+        return self.is_of(layer) and self.lookups.find_the_same()
 
     def count_fast_step(self, *, split: bool, deferred: bool) -> None:
         with _counting:

@@ -48,7 +48,8 @@ class Ring(NamedTuple):
         return sum(x.nbytes for x in self)
 
 
-LEFT = 1 << 16
+COUNT_BITS = 16  # of a cursor
+LEFT = 1 << COUNT_BITS
 
 # Of each part: shape, dtype, whether it is contiguous, device.
 Kind = tuple[tuple[torch.Size, ...], tuple[torch.dtype, ...], tuple[bool, ...], tuple[int, ...]]

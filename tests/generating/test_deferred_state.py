@@ -265,7 +265,8 @@ def test_a_graph_of_somebodys_own_needs_a_ring_that_is_there(monkeypatch: pytest
     with pytest.raises(qf.PatchError, match="make one decode step with this cache before capturing"):
         forward(model, TOKENS[:, 5:6], cache)
     forward(model, TOKENS[:, 6:7], begun)
-    assert all(debt_of(layer).lasts for layer in linear(model, begun))  # type: ignore[union-attr]
+    debts = [debt_of(layer) for layer in linear(model, begun)]
+    assert all(debt is not None and debt.lasts for debt in debts)
 
 
 def test_what_a_replay_leaves_is_settled_though_nobody_said_so() -> None:

@@ -17,12 +17,13 @@ from .. import ring
 from .parts import activation, convolve_token, gates, load, load_qk, project, state_words, store_taps, unit_qk
 
 LEFT = tl.constexpr(ring.LEFT)
+COUNT_BITS = tl.constexpr(ring.COUNT_BITS)
 
 
 @triton.jit
 def read_cursor(t):
     """How many entries of the ring wait, and how many steps are left before they are folded."""
-    return t & (LEFT - 1), t >> 16
+    return t & (LEFT - 1), t >> COUNT_BITS
 
 
 @triton.jit

@@ -41,6 +41,9 @@ FLOAT32 = Tuned(DeferredTile(4, 4, 168), N=8, least_work=128, together=3)
 OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=256, together=8)
 
 
+INTERPRETED_TOGETHER = 3  # few, so that in tests others fold at their own steps
+
+
 class SettleLayout(NamedTuple):
     """What `settle_states` is compiled for: those fields of `launch.Layout` that it reads."""
 
@@ -171,7 +174,7 @@ def tuned(state: torch.dtype) -> Tuned:
 def together(state: torch.dtype, device: torch.device) -> int:
     """How many of a launch's last programs fold at the same step."""
     if INTERPRETED:
-        return 3
+        return INTERPRETED_TOGETHER
     return tuned(state).together * torch.cuda.get_device_properties(device).multi_processor_count
 
 
