@@ -16,17 +16,19 @@ import torch
 
 from benchmarks.checks.gpu_report import progress, write_section
 from benchmarks.op.gpu_clock import Replay
-from benchmarks.op.gpu_step import Shape, Step, check, compare, pick, random_step
+from benchmarks.op.gpu_step import Shape, Step, check, compare, pick, random_step, worst_error
 from benchmarks.op.gpu_table import shown
 from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.step import Weights
 from qwen_fastdecode.ops.triton import tiles
-from qwen_fastdecode.ops.triton.launch import decode_triton
+from qwen_fastdecode.ops.triton.clusters import clusters_reason
+from qwen_fastdecode.ops.triton.launch import INTERPRETED, decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
 from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, Parts, reader
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WORKERS = 12
+LAUNCHES = 500  # upon one another: a program that shifts taps too early does not do so every time
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _tile_cases() -> Iterator[Case]:
         "split R1 bf16, fp32 state": Shape(R=1),
         "split R1 fp32, fp32 state": Shape(R=1, dtype=FP32),
     }
-    for tile in tiles.candidates(128):
+    for tile in tiles.candidates(128, clustered=INTERPRETED or clusters_reason(torch.device("cuda")) is None):
         for name, shape in kinds.items():
             yield Case(f"tile {shown(tile)} {name}", _equals_reference, shape, tile)
 
@@ -105,6 +107,9 @@ def _device_cases() -> Iterator[Case]:
     yield Case("deterministic, T = 1", _is_deterministic, Shape(B=64))
     yield Case("deterministic, ragged", _is_deterministic, Shape(B=5, lengths=(3, 0, 9, 1, 4)))
     yield Case("graph replay equals eager", _replays_as_eager, Shape(B=32))
+    yield Case("graph replay equals eager, few sequences", _replays_as_eager, Shape(B=4))
+    for R in (2, 3, 8):
+        yield Case(f"taps are shifted once, R{R}, few sequences", _shifts_once, Shape(B=7, R=R))
     yield Case("side stream", _runs_on_side_stream, Shape(B=32))
     yield Case("NaN stays in its sequence", _contains_nan, Shape(B=8))
     yield Case("batch 4096, 32 heads: offsets past 2^31", _addresses_large_batch, Shape(B=4096))
@@ -153,6 +158,20 @@ def _replays_as_eager(shape: Shape, tile: Tile | None, device: torch.device) -> 
     assert torch.equal(replay.outputs[0], expected), "output"
     assert torch.equal(graphed.conv_state, eager.conv_state), "taps"
     assert torch.equal(graphed.recurrent_state, eager.recurrent_state), "state"
+    return {}
+
+
+def _shifts_once(shape: Shape, tile: Tile | None, device: torch.device) -> dict:
+    """The table's tile, launch upon launch with new tokens each time, beside one whose programs share no taps."""
+    step = random_step(shape, device)
+    other = step.twin()
+    alone = Tile(min(32, shape.DV), 4)
+    for launch in range(LAUNCHES if device.type == "cuda" else 2):
+        for x in step.tensors[:6]:
+            x.normal_()
+        out, expected = step.run(decode_triton), other.run(partial(decode_triton, tile=alone))
+        assert torch.equal(step.conv_state, other.conv_state), f"taps, at launch {launch}"
+        assert worst_error(out.unflatten(-1, (-1, shape.DV)), expected.unflatten(-1, (-1, shape.DV)), 1) < 1e-2
     return {}
 
 

@@ -24,7 +24,10 @@ from qwen_fastdecode.ops.triton import kernel as triton_kernel
 Item = TypeVar("Item")
 OURS = ("torch", "triton", "transformers")
 SAME = ("device", "torch", "triton", "transformers", "flash-linear-attention", "kernel")  # in all rows of a file
-KERNEL = Path(triton_kernel.__file__)  # by its hash, as a copy of the tree may come without its history
+# By their hash, as a copy of the tree may come without its history.
+KERNELS = [
+    Path(triton_kernel.__file__).with_name(name) for name in ("kernel.py", "value_head.py", "parts.py", "tiles.toml")
+]
 PEERS = ("flash-linear-attention", "causal-conv1d", "vllm", "sglang", "flashinfer-python")
 
 
@@ -94,7 +97,7 @@ def machine() -> dict[str, str]:
         except PackageNotFoundError:
             facts[package] = "not installed"
     facts["revision"] = _command("git", "describe", "--always", "--dirty") or "unknown"
-    facts["kernel"] = hashlib.sha256(KERNEL.read_bytes()).hexdigest()[:12]
+    facts["kernel"] = hashlib.sha256(b"".join(map(Path.read_bytes, KERNELS))).hexdigest()[:12]
     facts["date"] = _command("date", "-u", "+%Y-%m-%d")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

@@ -48,7 +48,7 @@ PROFILE_FROM, PROFILED = 10, 4  # tokens
 # bfloat16: the roundings of all layers add up to some percent; with experts, to other experts being chosen. Logits of
 # unlike texts are 1.4 apart.
 LOGITS_LIMIT = {"dense": 0.15, "experts": 0.4}
-KERNELS = {OURS: ("decode_token",), FLA: ("fused_recurrent",)}  # in the names of kernels
+KERNELS = {OURS: ("decode_token", "decode_value_head"), FLA: ("fused_recurrent",)}  # in the names of kernels
 
 Row = dict[str, Any]
 FAILURES = (AssertionError, RuntimeError, TorchDynamoException)

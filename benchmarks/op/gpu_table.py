@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.markdown import table
+from qwen_fastdecode.ops.triton.tiles import Tile
 
 OURS, PYTORCH, INSTALLED = "ours", "upstream, PyTorch", "upstream, installed kernels"
 KNOWN = (OURS, PYTORCH, INSTALLED)
@@ -169,8 +170,11 @@ def _said(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def shown(tile: Iterable[int] | None) -> str:
-    """A tile in few letters, block_v/num_warps/num_stages/max_registers; None is the one of the tile table."""
-    return "table's" if tile is None else "/".join(map(str, tile))
+    """A tile in few letters, block_v/num_warps/num_stages/max_registers, and clustered; None is the tile table's."""
+    if tile is None:
+        return "table's"
+    *numbers, clustered = Tile(*tile)
+    return "/".join(map(str, numbers)) + " clustered" * clustered
 
 
 def _rounded(values: dict[str, float | None]) -> Iterable[tuple[str, str]]:

@@ -17,6 +17,7 @@ from benchmarks.op.gpu_step import check_picked
 from benchmarks.op.gpu_table import shown
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton import tiles
+from qwen_fastdecode.ops.triton.clusters import clusters_reason
 from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
 
@@ -36,7 +37,8 @@ def measure(w: Workload, device: torch.device, bandwidth: float) -> list[dict[st
     stack = Stack(w, how_many_layers(w, device), device)
     floor = 1e6 * 2 * w.state_bytes / bandwidth
     rows = []
-    for tile in (None, *tiles.candidates(w.D)):
+    clustered = device.type == "cuda" and clusters_reason(device) is None
+    for tile in (None, *tiles.candidates(w.D, clustered)):
         row = {**w.label(), "tile": shown(tile), "floor_us": floor, "layers": len(stack.layers)}
         try:
             us = _time(stack, tile, device)

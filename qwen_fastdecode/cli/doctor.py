@@ -161,9 +161,19 @@ def _serving(device: torch.device) -> Serving:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     backend = select_backend("auto", device).name
     if backend == "triton":
-        return Serving(device, name, backend, "torch: slower on a GPU; serves if asked for")
+        return Serving(device, name, backend, "torch: slower on a GPU; serves if asked for" + _few_sequences(device))
     reason = triton_unavailable(device) or "it runs in its interpreter, for tests (TRITON_INTERPRET=1)"
     return Serving(device, name, backend, reason)
+
+
+def _few_sequences(device: torch.device) -> str:
+    """What a GPU that has clusters does without them at small batches."""
+    from ..ops.triton.clusters import OLDEST, launcher_reason
+
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST:
+        return ""
+    reason = launcher_reason()
+    return f"; triton: slower than it could be at batch 1 to 8, as {reason}" if reason else ""
 
 
 def _backends(device: torch.device) -> list[Backend]:

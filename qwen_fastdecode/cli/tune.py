@@ -64,10 +64,10 @@ def tune(
     found = []
     for batch in batches:
         layers = _random_layers(batch, heads, device)
-        shipped = table_tile(device, batch * heads.HK, heads.D)
+        shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
         times: dict[Tile, float] = {}
         for tile in candidates(device, batch, heads):
-            on_tile(f"batch {batch}: {tile.block_v} columns, {tile.num_warps} warps")
+            on_tile(f"batch {batch}: {tile.block_v} columns, {tile.num_warps} warps{', clustered' * tile.clustered}")
             us = _time(layers, tile, device)
             if us is not None:
                 times[tile] = us
@@ -78,9 +78,12 @@ def tune(
 
 def candidates(device: torch.device, batch: int, heads: Heads) -> list[Tile]:
     """What is measured for a batch: the tiles worth it, and the table's own."""
+    from ..ops.triton.clusters import clusters_reason
     from ..ops.triton.launch import table_tile
 
-    return list(dict.fromkeys([table_tile(device, batch * heads.HK, heads.D), *tiles.candidates(heads.D)]))
+    clustered = device.type == "cuda" and clusters_reason(device) is None and heads.R <= tiles.CLUSTER
+    shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
+    return list(dict.fromkeys([shipped, *tiles.candidates(heads.D, clustered)]))
 
 
 def save(device_name: str, heads: Heads, found: list[Measured]) -> None:

@@ -62,7 +62,7 @@ def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float3
     pretend(arch)
     tensors = arguments(T, state)
     step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
-    kernel, numbers, layout, options, _ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
+    kernel, numbers, layout, options, *_ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
     kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)
@@ -104,6 +104,22 @@ def read_nvidia(compiled: Any) -> dict[str, int]:
         "shuffles": count("SHFL"),
         "128-bit loads": count(r"LDG\S*\.128"),
         "128-bit stores": count(r"STG\S*\.128"),
+        **clusters(instructions),
+    }
+
+
+def clusters(instructions: list[str]) -> dict[str, int]:
+    """Of a cluster's barrier: how often it is passed, loads after arriving at it, and stores after waiting for it."""
+    arrive, wait = (
+        [i for i, instruction in enumerate(instructions) if re.match(name, instruction)]
+        for name in ("UCGABAR_ARV", "UCGABAR_WAIT")
+    )
+    if not arrive or not wait:
+        return {"cluster barriers": len(arrive) + len(wait)}
+    return {
+        "cluster barriers": len(wait),
+        "loads after arriving": sum(x.startswith("LDG") for x in instructions[arrive[0] :]),
+        "stores after waiting": sum(x.startswith("STG") for x in instructions[wait[0] :]),
     }
 
 
@@ -132,7 +148,8 @@ def rows(arch: str) -> list[dict[str, Any]]:
     for state in ("float32", "bfloat16"):
         for work, tile in shipped(arch, state).items():
             compiled = compile_for(arch, tile, 2 if "tokens" in work else 1, getattr(torch, state))
-            found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled)})
+            launcher = {"launcher": compiled.packed_metadata} if tile.clustered else {}
+            found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled), **launcher})
     if arch in KINDS.values():  # the only ones that its tile was measured on
         tile = Tile(D, deferred_launch.FLOAT32.tile.num_warps, 1, deferred_launch.FLOAT32.tile.max_registers)
         of = {"arch": arch, "state": "float32", "work": "deferred", **tile._asdict()}

@@ -39,8 +39,16 @@ def test_machine_code(arch: str, tmp_path: Path) -> None:
         assert row["128-bit stores"] >= share
         # Only the columns' partial sums pass through shared memory, a few rows a warp, never the tile itself.
         assert row["shared bytes"] <= 4 * 4 * row["num_warps"] * row["block_v"]
+    clustered = [row for row in rows if row["clustered"]]
+    for row in clustered:
+        assert row["registers"] <= 65536 // (2 * 128)  # two on a multiprocessor: eight sequences' at once
+        assert row["cluster barriers"] == 1
+        assert row["loads after arriving"] == 0  # all has been read that another program may overwrite
+        assert row["stores after waiting"] == 2  # v's taps, and q's and k's
+        assert row["launcher"] == [row["num_warps"], 1, row["shared bytes"]]  # as `in_clusters` knows it
     if arch == "sm_90":
         assert deferred
+        assert {row["state"] for row in clustered} == {"float32", "bfloat16"}
         floats = [row for row in rows if row["state"] == "float32"]
         large = next(row for row in floats if int(row["work"].rpartition(" ")[2]) >= LARGE_BATCH)
         # As many programs fit on a multiprocessor as with 128 registers a thread at 4 warps: four, 32 KiB each.

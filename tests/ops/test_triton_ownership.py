@@ -30,6 +30,9 @@ class Trace:
         self.counted = range(0)  # addresses whose traffic is counted, in bytes
         self.unfenced: dict[tuple, set[int]] = defaultdict(set)  # read since the program's last barrier
         self.overtaking: set[int] = set()  # written with no barrier after being read
+        self.barriers: dict[tuple, int] = defaultdict(int)  # that a program has passed
+        self.read_late: set[int] = set()  # after a program's first barrier
+        self.written_early: set[int] = set()  # before its second
 
     def program(self) -> tuple:
         return (self.launch, *interpreter_builder.grid_idx)
@@ -43,7 +46,11 @@ class Trace:
         if kind == "read":
             self.reads[self.program()] |= touched
             self.unfenced[self.program()] |= touched
+            if self.barriers[self.program()] >= 1:
+                self.read_late |= touched
         else:
+            if self.barriers[self.program()] < 2:
+                self.written_early |= touched
             self.overtaking |= touched & self.unfenced[self.program()]
             self.writes[self.program()] |= touched
 
@@ -71,6 +78,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trace]:
 
     def barrier(self, *_) -> None:
         trace.unfenced[trace.program()].clear()
+        trace.barriers[trace.program()] += 1
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", traced_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", traced_store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def test_a_kind_of_gpu_may_have_rows_of_its_own(cache: Path) -> None:
 
 
 def test_rows_are_read_by_work() -> None:
-    small, large = tiles.shipped()["sm_90"][0], tiles.shipped()["sm_90"][-1]
-    assert tiles.lookup("sm_90", "", small.max_work, 128) == small.tile
-    assert tiles.lookup("sm_90", "", small.max_work + 1, 128) == large.tile
+    for row, following in pairwise(tiles.shipped()["sm_90"]):
+        assert tiles.lookup("sm_90", "", row.max_work, 128) == row.tile
+        assert tiles.lookup("sm_90", "", row.max_work + 1, 128) == following.tile
 
 
 def test_states_of_another_dtype_have_rows_of_their_own(cache: Path) -> None:
@@ -92,6 +93,22 @@ def test_tuned_tiles_win_on_their_kind_of_gpu(cache: Path) -> None:
     assert tiles.lookup("sm_90", "Other", 64, 128) == tiles.shipped()["sm_90"][0].tile
 
 
+def test_tables_from_before_there_were_clusters_are_read(cache: Path) -> None:
+    row = {"device": "Mine", "max_work": 64, **Tile(32, 4)._asdict()}
+    del row["clustered"]
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({"tile": [row]}))
+    assert tiles.lookup("sm_90", "Mine", 1, 128) == Tile(32, 4)
+
+
+def test_a_tuned_table_of_clusters_alone_leaves_other_heads_to_the_shipped_one(cache: Path) -> None:
+    row = {"device": "Mine", "max_work": 10**12, **Tile(128, 4, clustered=True)._asdict()}
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({"tile": [row]}))
+    assert tiles.lookup("sm_80", "Mine", 1, 128, value_heads=2).clustered
+    assert tiles.lookup("sm_80", "Mine", 1, 256, value_heads=2) == tiles.lookup("sm_80", "Other", 1, 256)
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"tile": [{"device": "Mine"}]}', '{"tile": 3}'])
 def test_a_broken_table_is_no_table_and_a_warning_says_what_to_do(text: str, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
@@ -105,3 +122,8 @@ def test_candidates_cover_a_head(DV: int) -> None:
     for tile in tiles.candidates(DV):
         assert DV % tile.block_v == 0
     assert len(set(tiles.candidates(128))) == len(tiles.candidates(128))
+
+
+def test_candidates_are_clustered_where_there_are_clusters_and_a_head_fits() -> None:
+    assert [tile.clustered for tile in tiles.candidates(128, clustered=True)].count(True) == 1
+    assert not any(tile.clustered for tile in [*tiles.candidates(128), *tiles.candidates(256, clustered=True)])

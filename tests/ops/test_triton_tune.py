@@ -38,7 +38,7 @@ def test_command_keeps_a_tile_for_each_batch(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(tune, "BATCHES", (1, 2))
-    monkeypatch.setattr(tiles, "candidates", lambda DV: [Tile(DV, 8), Tile(DV, 4, 2)])
+    monkeypatch.setattr(tiles, "candidates", lambda DV, _: [Tile(DV, 8), Tile(DV, 4, 2)])
     args = command("--device", "cpu", "--key-heads", "1", "--value-heads", "2", "--head-dim", "16")
     assert args.run(args) == 0
     assert [len(tiles.tuned()["cpu"]), tiles.tuned()["cpu"][-1].max_work] == [2, tune.UNLIMITED]
@@ -49,8 +49,8 @@ def test_command_keeps_a_tile_for_each_batch(
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {Tile(16, 4): 3.0, Tile(16, 8): 1.0, Tile(16, 2): None}  # None: does not compile
-    monkeypatch.setattr(tiles, "candidates", lambda _: list(times))
-    monkeypatch.setattr(triton_backend, "table_tile", lambda *_: Tile(16, 4))
+    monkeypatch.setattr(tiles, "candidates", lambda *_: list(times))
+    monkeypatch.setattr(triton_backend, "table_tile", lambda *_, **__: Tile(16, 4))
     monkeypatch.setattr(tune, "_time", lambda _, tile, __: times[tile])
     heard: list[str] = []
     assert tune.tune(CPU, SMALL, (3,), heard.append) == [Measured(3, Tile(16, 8), 1.0, Tile(16, 4), 3.0)]

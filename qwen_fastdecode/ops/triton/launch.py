@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `kernel`: one launch a decode step, with as little Python as possible."""
+"""Launches the Triton kernels of `kernel` and `value_head`: one a decode step, with as little Python as possible."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from ...errors import UnsupportedStep
 from ..prepared import Prepared
 from ..step import Recipe, Sources, Step, StepShapes, Tokens, check_step
 from . import tiles
+from .clusters import clusters_reason, in_clusters
 from .kernel import decode_token, decode_tokens
 from .tiles import Tile
+from .value_head import decode_value_head
 
 INTERPRETED = not isinstance(decode_token, triton.JITFunction)  # TRITON_INTERPRET=1: runs on the CPU, for tests
 PROGRAMS_PER_SM = 32  # a few waves; past them, a program takes several items
@@ -107,7 +109,8 @@ class Launch(NamedTuple):
     numbers: tuple[int, ...]  # the kernel's runtime integers
     layout: Layout
     options: dict[str, Any]  # Triton's own
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # in clusters
+    cluster: int  # programs of a cluster
 
 
 def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -> Launch:
@@ -120,12 +123,26 @@ def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -
     items = s.B * key_heads
     if tile is None:
         state = step.states.recurrent.dtype
-        tile = table_tile(tokens.q.device, items, s.DV, state) if one_token else tiles.whole_head(s.DV)
+        tile = table_tile(tokens.q.device, items, s.DV, state, s.R) if one_token else tiles.whole_head(s.DV)
+    tile = tiles.fit(tile, s.DV)
+    check_tile(tile, s, one_token)
     layout = layout_of(s, step, recipe, tile, strided=items > max_programs, pairs=one_token)
-    if not one_token and layout.TILES > 1:
-        raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
+    numbers, options = numbers_of(s, step, items), _options(tile)
+    if tile.clustered:
+        return Launch(decode_value_head, numbers, layout, options, (items, 1, 1), cluster=s.R)
     kernel = decode_token if one_token else decode_tokens
-    return Launch(kernel, numbers_of(s, step, items), layout, _options(tile), (min(items, max_programs), 1, 1))
+    return Launch(kernel, numbers, layout, options, (min(items, max_programs), 1, 1), cluster=1)
+
+
+def check_tile(tile: Tile, s: StepShapes, one_token: bool) -> None:
+    """Raises UnsupportedStep for a tile that steps of this kind cannot have."""
+    if tile.block_v < s.DV and not one_token:
+        raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
+    if tile.clustered and not (one_token and tiles.suits(tile, s.DV, s.R)):
+        raise UnsupportedStep(
+            f"tile: got {tile}, expected one that is not clustered where T may exceed 1, value heads of {s.DV} columns "
+            f"are wider than block_v, or {s.R} of them a key head are more than the {tiles.CLUSTER} of a cluster"
+        )
 
 
 def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
@@ -133,12 +150,16 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
     tokens, states, weights = step.tokens, step.states, step.weights
     device, dtype = tokens.v.device, tokens.v.dtype
     shape = tokens.v.shape[0], recipe.heads[1] * tokens.v.shape[3]
-    kernel, numbers, layout, options, grid = describe(step, recipe, tile, max_programs_on(device))
-    if INTERPRETED:
+    kernel, numbers, layout, options, grid, cluster = describe(step, recipe, tile, max_programs_on(device))
+    if INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
+        grid = (grid[0] * cluster, 1, 1)
         return partial(_interpret, kernel[grid], numbers, layout, options, shape)
+    reason = clusters_reason(device) if cluster > 1 else None
+    if reason is not None:
+        raise UnsupportedStep(f"tile: got a clustered one, but {reason}")
     arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *numbers, layout)
     with torch.cuda.device(device):
-        run = kernel.warmup(*arguments, grid=grid, **options)[grid]
+        run = in_clusters(kernel.warmup(*arguments, grid=grid, **options), cluster)[grid]
     places = places_of(step)
 
     def launch(step: Step, sources: list[int], others: list[int]) -> Tensor:
@@ -276,11 +297,17 @@ def max_programs_on(device: torch.device) -> int:
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def table_tile(device: torch.device, work: int, DV: int, state: torch.dtype = torch.float32) -> Tile:
-    """The tile table's choice for one token a sequence and states of a dtype; `work` = sequences x key heads."""
+def table_tile(
+    device: torch.device, work: int, DV: int, state: torch.dtype = torch.float32, value_heads: int = 1
+) -> Tile:
+    """The tile table's choice for one token a sequence and states of a dtype; `work` = sequences x key heads.
+
+    value_heads: of a key head.
+    """
     if INTERPRETED:
         return tiles.fit(Tile(64, 4), DV)
     properties = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     arch = properties.gcnArchName.split(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
-    return tiles.lookup(arch, properties.name, work, DV, str(state).removeprefix("torch."))
+    dtype, clusters = str(state).removeprefix("torch."), clusters_reason(device) is None
+    return tiles.lookup(arch, properties.name, work, DV, dtype, value_heads, clusters)

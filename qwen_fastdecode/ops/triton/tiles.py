@@ -17,6 +17,10 @@ else:
     import tomli as tomllib
 
 
+CLUSTER = 8  # programs of a thread block cluster that every GPU with clusters runs at once
+WIDEST_CLUSTERED = 128  # columns of a head of 128 rows that four warps hold without spilling
+
+
 class Tile(NamedTuple):
     """How a program works on the [DK, DV] state of a value head."""
 
@@ -24,6 +28,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int = 1  # 2: the next tile is loaded while the current one is finished
     max_registers: int = 0  # a thread may use so many, so that more programs fit; 0: as many as it likes
+    clustered: bool = False  # a program a value head, those of a key head in a cluster; else a program a key head
 
 
 class Row(NamedTuple):
@@ -33,19 +38,37 @@ class Row(NamedTuple):
     tile: Tile
 
 
-def lookup(arch: str, device_name: str, work: int, DV: int, state: str = "float32") -> Tile:
-    """The tile for `work` = sequences x key heads on a GPU, on states of a dtype.
+def lookup(
+    arch: str,
+    device_name: str,
+    work: int,
+    DV: int,
+    state: str = "float32",
+    value_heads: int = 1,
+    clusters: bool = True,
+) -> Tile:
+    """The tile for `work` = sequences x key heads on a GPU, on states of a dtype, with `value_heads` a key head.
 
     The one tuned on that kind of GPU, else the one shipped for it, else the one shipped for its architecture; a dtype
-    for which none of them has rows takes the tiles of float32 states.
+    for which none of them has rows takes the tiles of float32 states. Clustered tiles are passed over where they do not
+    suit these heads, or there are no `clusters`.
     """
     tables = (
         table
         for dtype in dict.fromkeys((state, "float32"))
         for table in (tuned(dtype).get(device_name), shipped(dtype).get(device_name), shipped(dtype).get(closest(arch)))
     )
-    rows = next(filter(None, tables))
+    suitable = (
+        [row for row in table or () if suits(row.tile, DV, value_heads) and clusters >= row.tile.clustered]
+        for table in tables
+    )
+    rows = next(filter(None, suitable))
     return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
+
+
+def suits(tile: Tile, DV: int, value_heads: int) -> bool:
+    """Whether a program can have such a tile: a clustered one holds a head, and a key head's programs fit a cluster."""
+    return not tile.clustered or (tile.block_v >= DV and value_heads <= CLUSTER)
 
 
 def closest(arch: str) -> str:
@@ -66,8 +89,11 @@ def whole_head(DV: int) -> Tile:
     return Tile(power_of_two(DV), max(4, power_of_two(DV) // 16))
 
 
-def candidates(DV: int) -> list[Tile]:
-    """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers."""
+def candidates(DV: int, clustered: bool = False) -> list[Tile]:
+    """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers.
+
+    clustered: the GPU has clusters, and a key head's value heads fit one.
+    """
     whole = power_of_two(DV)
     shapes = [
         (whole, 4, 0),
@@ -77,7 +103,8 @@ def candidates(DV: int) -> list[Tile]:
         (whole // 4, 2, 0),
         (whole // 4, 4, 96),
     ]
-    return [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
+    found = [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
+    return [*found, Tile(whole, 4, clustered=True)] if clustered and whole <= WIDEST_CLUSTERED else found
 
 
 def power_of_two(n: int) -> int:
@@ -121,8 +148,13 @@ def _by_key(key: str, state: str, rows: Iterable[dict[str, Any]]) -> dict[str, l
     """Those for states of one dtype. A row that names none is for float32."""
     found: dict[str, list[Row]] = {}
     for row in sorted((row for row in rows if row.get("state", "float32") == state), key=lambda row: row["max_work"]):
-        found.setdefault(row[key], []).append(Row(row["max_work"], Tile(*(row[field] for field in Tile._fields))))
+        found.setdefault(row[key], []).append(Row(row["max_work"], _tile(row)))
     return found
+
+
+def _tile(row: dict[str, Any]) -> Tile:
+    numbers = {field: row[field] for field in Tile._fields if field != "clustered"}
+    return Tile(**numbers, clustered=row.get("clustered", False))
 
 
 def _number(arch: str) -> int:
