@@ -26,8 +26,9 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,20 @@ from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks.checks.gpu_report import KeptRows
 from benchmarks.models.gpu_models import MODELS, build
-from benchmarks.models.sides import FLA, OURS, PYTORCH, SIDES, Side, chosen, distance, forced_tokens, prompts
+from benchmarks.models.sides import (
+    FLA,
+    OURS,
+    PYTORCH,
+    SIDES,
+    Choices,
+    Side,
+    chosen,
+    distance,
+    forced_tokens,
+    prompts,
+    recorded_choices,
+    replayed_choices,
+)
 from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode.cli.compare.generation import Batch, Clock, forced_logits, generate
 
@@ -52,6 +66,25 @@ KERNELS = {OURS: ("decode_token", "decode_value_head"), FLA: ("fused_recurrent",
 
 Row = dict[str, Any]
 FAILURES = (AssertionError, RuntimeError, TorchDynamoException)
+
+
+class Expected(NamedTuple):
+    """What Transformers alone computes of forced tokens: logits, and what its routers gave on the way."""
+
+    logits: Tensor
+    choices: Choices
+
+    @classmethod
+    def of(cls, model: Any, inputs: Batch) -> Expected:
+        choices = Choices()
+        with SIDES["eager"].entered(model), recorded_choices(model, choices):
+            return cls(forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED)), choices)
+
+    def distance_to(self, model: Any, inputs: Batch, side: Side) -> float:
+        """Of the side that the model is on; flash-linear-attention's with the routers held, as `gpu_tokens` has it."""
+        with replayed_choices(model, self.choices) if side.fla else nullcontext():
+            found = forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED))
+        return distance(found, self.logits)
 
 
 class ProfiledSteps(Clock):
@@ -73,7 +106,7 @@ class ProfiledSteps(Clock):
 
 def in_turns(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
     """Sides that do not compile: the first call of each, then rounds of those that are not settled."""
-    expected = _expected(model, inputs)
+    expected = Expected.of(model, inputs)
     left = {name: _first_call(model, inputs, side, expected, limit) for name, side in sides.items()}
     while left:
         for name, row in [*left.items()]:
@@ -84,7 +117,7 @@ def in_turns(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) ->
 
 def compiled(model: Any, inputs: Batch, sides: dict[str, Side], limit: float) -> Iterator[tuple[str, Row]]:
     """Sides that compile, each for itself: leaving one loses what it compiled."""
-    expected = _expected(model, inputs)
+    expected = Expected.of(model, inputs)
     for name, side in sides.items():
         yield name, _with_speed(_first_call(model, inputs, side, expected, limit), inputs)
 
@@ -100,12 +133,7 @@ def settled(rounds_ms: list[float]) -> bool:
     return len(rounds_ms) >= MOST_ROUNDS or (len(best) == 2 and best[1] <= NEAR * best[0])
 
 
-def _expected(model: Any, inputs: Batch) -> Tensor:
-    with SIDES["eager"].entered(model):
-        return forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED))
-
-
-def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: float) -> Row:
+def _first_call(model: Any, inputs: Batch, side: Side, expected: Expected, limit: float) -> Row:
     """The first call, as a program begins; what the side computes, by which kernels; if it compiles, its rounds too."""
     clock = Clock()
     _wait(model)
@@ -118,8 +146,7 @@ def _first_call(model: Any, inputs: Batch, side: Side, expected: Tensor, limit: 
             row |= _device_work(model, inputs)
             while side.compiled and not settled(row["rounds_ms"]):
                 row["rounds_ms"].append(_round(model, inputs))
-            tokens = forced_tokens(model, len(expected), FORCED)
-            row["logits"] = distance(forced_logits(model, inputs, tokens), expected)
+            row["logits"] = expected.distance_to(model, inputs, side)
         assert row["logits"] < limit, f"logits differ by {row['logits']:.2e}"
         assert row["kernels"] in (None, side.kernels), f"ran kernels of {row['kernels']}, not of {side.kernels}"
         return row

@@ -19,8 +19,8 @@ import torch
 import qwen_fastdecode
 from benchmarks.checks.gpu_report import Notebook
 from benchmarks.models.gpu_models import ModelShape, build, dense, experts
-from benchmarks.models.sides import SIDES, Side, prompts
-from benchmarks.op.gpu_layers import release_memory
+from benchmarks.models.sides import SIDES, Side, prompts, source_of
+from benchmarks.op.gpu_layers import pytorch_functions, release_memory
 from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import generate
 from qwen_fastdecode.graph.call import Call
@@ -39,7 +39,7 @@ def fixed_addresses(model: Any) -> Iterator[None]:
     kept = Call._captured
     Call._captured = lambda self, inputs: self._first(inputs)  # type: ignore[method-assign]
     try:
-        with qwen_fastdecode.patched(model, cuda_graph=True):
+        with pytorch_functions(source_of(model)), qwen_fastdecode.patched(model, cuda_graph=True):
             yield
     finally:
         Call._captured = kept  # type: ignore[method-assign]

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,7 +20,17 @@ from torch._dynamo.exc import TorchDynamoException
 
 from benchmarks.checks.gpu_report import KeptRows
 from benchmarks.models.gpu_models import MODELS, build
-from benchmarks.models.sides import SIDES, Side, chosen, distance, forced_tokens, prompts
+from benchmarks.models.sides import (
+    SIDES,
+    Choices,
+    Side,
+    chosen,
+    distance,
+    forced_tokens,
+    prompts,
+    recorded_choices,
+    replayed_choices,
+)
 from benchmarks.op.gpu_layers import release_memory
 from qwen_fastdecode.cli.compare.generation import Batch, forced_logits, generate
 
@@ -29,7 +38,6 @@ LAYERS, PROMPT, STEPS, FORCED = 4, 16, 512, 32
 TF32_LIMIT = 2e-2
 
 Row = dict[str, Any]
-Choices = list[Any]  # what each call of a router gave, in the order of the calls
 
 
 def rows(model: Any, name: str, sides: dict[str, Side], steps: int, kept: KeptRows) -> Iterator[Row]:
@@ -62,33 +70,6 @@ def rows(model: Any, name: str, sides: dict[str, Side], steps: int, kept: KeptRo
 def logits_of(model: Any, inputs: Batch) -> Tensor:
     """Over the same tokens on every side."""
     return forced_logits(model, inputs, forced_tokens(model, len(inputs["input_ids"]), FORCED))
-
-
-@contextmanager
-def recorded_choices(model: Any, into: Choices) -> Iterator[None]:
-    """What the model's routers give is kept."""
-    with _router_hook(model, lambda router, args, output: into.append(output)):
-        yield
-
-
-@contextmanager
-def replayed_choices(model: Any, choices: Choices) -> Iterator[None]:
-    """The model's routers give what they gave then."""
-    left = deque(choices)
-    with _router_hook(model, lambda router, args, output: left.popleft()):
-        yield
-    assert not left, f"{len(left)} choices of routers were not asked for"
-
-
-@contextmanager
-def _router_hook(model: Any, hook: Any) -> Iterator[None]:
-    routers = (module for module in model.modules() if type(module).__name__.endswith("TopKRouter"))
-    handles = [router.register_forward_hook(hook) for router in routers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from benchmarks.op.gpu_layers import installed_kernels, pytorch_functions
 from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import Batch
 from qwen_fastdecode.cli.compare.sides import compiled
+
+Choices = list[Any]  # what each call of a router gave, in the order of the calls
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,30 @@ def forced_tokens(model: Any, batch: int, count: int) -> Tensor:
     """The same random tokens [batch, count] at every call."""
     torch.manual_seed(2)
     return torch.randint(1, model.config.get_text_config().vocab_size, (batch, count), device=model.device)
+
+
+@contextmanager
+def recorded_choices(model: Any, into: Choices) -> Iterator[None]:
+    """What the model's routers give is kept."""
+    with _router_hook(model, lambda router, args, output: into.append(output)):
+        yield
+
+
+@contextmanager
+def replayed_choices(model: Any, choices: Choices) -> Iterator[None]:
+    """The model's routers give what they gave then."""
+    left = deque(choices)
+    with _router_hook(model, lambda router, args, output: left.popleft()):
+        yield
+    assert not left, f"{len(left)} choices of routers were not asked for"
+
+
+@contextmanager
+def _router_hook(model: Any, hook: Any) -> Iterator[None]:
+    routers = (module for module in model.modules() if type(module).__name__.endswith("TopKRouter"))
+    handles = [router.register_forward_hook(hook) for router in routers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
