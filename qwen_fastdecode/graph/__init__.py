@@ -4,6 +4,7 @@ api.py          refresh, describe, reset_counters: what the rest of the package 
 install.py      the functions of Transformers' `generate` that are stood in for, put on and taken off
 state.py        which models want it, and what one remembers between calls: counts
 call.py         one call of `generate`: when it captures, replays, compares, and goes back to eager
+together.py     what the ranks of a tensor-parallel model decide together
 caches.py       Transformers' dynamic cache made into one with fixed addresses that grows in steps, and back
 capture.py      the CUDA graph, its memory, its static inputs and outputs
 norms.py        plain RMSNorms of a step that is recorded: one kernel each, with upstream's bits

@@ -7,7 +7,7 @@
     layers are full   they grow, and the next two steps are a first and a second one again
 
 What cannot go on like this gets its cache back as a DynamicCache and continues eagerly, for a reason with a name. A
-graph lives no longer than its call.
+graph lives no longer than its call. The ranks of a tensor-parallel model decide all of this together.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .norms import Norms
 from .reasons import Eager
 from .state import GIVE_UP_AFTER, State
 from .tally import Tally
+from .together import Together, Verdict, ranks_of_model
 
 MOST_CAPTURES = 24  # of one call: a cache that grows to a million positions has needed 19
 GROUPED_FROM = 8  # sequences from which grouped_mm beats batched_mm (H100, Qwen3-Next: 4.4 against 6.6 ms a token)
@@ -48,7 +49,9 @@ class Call:
         self._model = model
         self._batch = given["input_ids"].shape[0]
         self._offer = state.take_offer()
-        self._watched = any(map(_is_foreign, (*given["logits_processor"], *given["stopping_criteria"])))
+        self._unwatched = not any(map(_is_foreign, (*given["logits_processor"], *given["stopping_criteria"])))
+        self._together = Together(ranks_of_model(model))
+        self._begun = False
         self._growing: GrowingCache | None = None
         self._graph: Graph | None = None
         self._tally: Tally | None = None
@@ -57,39 +60,39 @@ class Call:
         self._eager_ms = 0.0
         self.keeps_grouped = _keeps_grouped(model, self._batch)
         state.add(grouped_calls=int(self.keeps_grouped))
-        reason = self._refusal(given)
-        if reason is not None:
-            self._is_eager(reason)
+        self._refused = self._refusal(given)
+        if self._refused is not None and self._together.ranks is None:
+            self._is_eager(self._refused)
 
     @property
     def eager(self) -> bool:
         """Whether the steps are upstream's own."""
-        return self.reason is not None
+        return self.reason is not None or self._refused is not None
 
     @property
     def runs_ahead(self) -> bool:
         """Whether `generate` may begin a step before it knows that the last one was not the end: at the end of a text
         one step is made in vain. Not where somebody else's code looks at every step."""
-        return self._growing is not None and not self._watched
+        return self._growing is not None and self._unwatched
 
     def begin(self, outputs: Any) -> Any:
         """After the prompt's pass: its outputs, with a cache of fixed addresses."""
         offer = self._offer
-        if self.eager or self._growing is not None or offer is None:
+        if self._begun or self.reason is not None:
             return outputs
-        cache: ModelCache = outputs.get(offer.name)
-        if offer.cache is None or cache is not offer.cache() or not reviewed(cache):
-            self._is_eager(Eager.UNKNOWN_CACHE)
-        elif all(plan_of(module) is None for module in self._model.modules()):
-            self._is_eager(Eager.UNPATCHED)
-        elif not fits(cache, offer.limit):
-            self._is_eager(Eager.MEMORY)
-        elif offer.limit - cache.get_seq_length() < eligible.FEWEST:
-            self._is_eager(Eager.FEW_TOKENS)
-        else:
-            self._layer = next(module for module in self._model.modules() if plan_of(module) is not None)
-            self._growing = GrowingCache(cache, self._model.config.get_text_config(decoder=True), offer.limit)
-            outputs[offer.name] = self._growing.static
+        self._begun = True
+        own = Verdict(self._refused or self._refusal_after(outputs), able=self._unwatched)
+        limit = None if offer is None else offer.limit
+        agreed = self._together.agreed(f"{self._batch} sequences up to position {limit}", own)
+        self._unwatched = agreed.able  # a rank that looks at every step makes none in vain, and so none does
+        if agreed.reason is not None:
+            self._is_eager(agreed.reason, agreed.detail)
+            return outputs
+        assert offer is not None
+        cache: ModelCache = outputs[offer.name]
+        self._layer = next(module for module in self._model.modules() if plan_of(module) is not None)
+        self._growing = GrowingCache(cache, self._model.config.get_text_config(decoder=True), offer.limit)
+        outputs[offer.name] = self._growing.static
         return outputs
 
     def step(self, *args: Any, **inputs: Any) -> Any:
@@ -98,6 +101,7 @@ class Call:
             return self._model(*args, **inputs)
         reason = self._interrupted()
         if reason is not None:
+            self._together.changed(f"that it can be captured ({reason})", self._growing.length)
             return self._leave(self._model(**inputs), reason)
         if self._graph is not None:
             outputs = self._replayed(inputs)
@@ -131,7 +135,22 @@ class Call:
             return offer.reason
         if self._state.failures >= GIVE_UP_AFTER:
             return Eager.FAILED_BEFORE
-        return eligible.model_reason(self._model, bool(given.get("synced_gpus")))
+        return eligible.model_reason(self._model, bool(given.get("synced_gpus")), self._together.ranks)
+
+    def _refusal_after(self, outputs: Any) -> Eager | None:
+        """What the prompt's pass has left decides."""
+        offer = self._offer
+        assert offer is not None
+        cache: ModelCache = outputs.get(offer.name)
+        if offer.cache is None or cache is not offer.cache() or not reviewed(cache):
+            return Eager.UNKNOWN_CACHE
+        if all(plan_of(module) is None for module in self._model.modules()):
+            return Eager.UNPATCHED
+        if not fits(cache, offer.limit):
+            return Eager.MEMORY
+        if offer.limit - cache.get_seq_length() < eligible.FEWEST:
+            return Eager.FEW_TOKENS
+        return None
 
     def _interrupted(self) -> Eager | None:
         """What ends replaying at once, whoever did it."""
@@ -160,6 +179,30 @@ class Call:
         growing = self._growing
         assert growing is not None
         self._captures += 1
+        own = self._recorded(inputs)
+        room = 2 * total_bytes(growing.states()) <= free_bytes(self._model.device)
+        agreed = self._together.agreed(f"a capture at position {growing.length}", own._replace(able=room))
+        if agreed.reason is not None:
+            return self._leave(self._model(**inputs), agreed.reason, agreed.detail)
+        graph = self._graph
+        assert graph is not None
+        self._state.add(captures=1)
+        self._untimed = True
+        if not agreed.able:
+            return self._advanced(self._counted(graph.replay(inputs)))
+        outputs, distance = self._compared(graph, inputs)
+        own = Verdict()
+        if not distance <= DISTANCE.get(self._model.dtype, 0.0):
+            own = Verdict(Eager.DIFFERS, f"by {distance:.2g}, relatively")
+        agreed = self._together.agreed(f"a comparison at position {growing.length}", own)
+        if agreed.reason is not None:
+            return self._leave(outputs, agreed.reason, agreed.detail)
+        return self._advanced(outputs)
+
+    def _recorded(self, inputs: dict[str, Any]) -> Verdict:
+        """Records a step, which is not executed; why it cannot be replayed, if so."""
+        growing = self._growing
+        assert growing is not None
         norms = Norms(self._model, self._batch)
         python, values = PythonState(self._model), growing.python_values()
         tally = Tally(self._model)
@@ -169,36 +212,24 @@ class Call:
             python.put_back()
             tally.recorded()
             self._state.failures += 1
-            return self._leave(self._model(**inputs), Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
+            return Verdict(Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
         self._state.failures = 0
         self._graph, self._tally = graph, tally
         growing.hold_debts()
         tally.recorded()
         changed = python.put_back()
         if changed is not None or values != growing.python_values():
-            return self._leave(self._model(**inputs), Eager.SIDE_EFFECT, changed or "the cache")
-        self._state.add(captures=1)
+            return Verdict(Eager.SIDE_EFFECT, changed or "the cache")
         self._state.norms = norms
         self._fingerprint = Fingerprint(self._model), growing.addresses(), switches()
-        outputs, distance = self._compared(graph, inputs)
-        if not distance <= DISTANCE.get(self._model.dtype, 0.0):
-            return self._leave(outputs, Eager.DIFFERS, f"by {distance:.2g}, relatively")
-        self._untimed = True
-        return self._advanced(outputs)
+        return Verdict()
 
     def _compared(self, graph: Graph, inputs: dict[str, Any]) -> tuple[Any, float]:
-        """The step's outputs, and how far the replay was from the eager step.
-
-        Both start from the same states. The eager one is what counts. Where memory for a copy of the states is short,
-        the replay counts, and is not compared.
-        """
+        """The step's outputs, and how far the replay was from the eager step, which is what counts. Both start from the
+        same states."""
         growing = self._growing
         assert growing is not None
         states = growing.states()
-        if 2 * total_bytes(states) > free_bytes(self._model.device):
-            outputs = graph.replay(inputs)
-            self._replay_counts()
-            return outputs, 0.0
         saved = [state.clone() for state in states]
         replayed = graph.replay(inputs)
         for state, before in zip(states, saved, strict=True):  # the live ones are again what they were
@@ -217,32 +248,52 @@ class Call:
         graph, growing = self._graph, self._growing
         assert graph is not None
         assert growing is not None
-        fingerprint, addresses, chosen = self._fingerprint
-        same = fingerprint.holds() and addresses == growing.addresses() and chosen == switches()
-        if not same or not graph.takes(inputs):
+        changed = self._changed(graph, inputs)
+        if changed is not None:
+            self._together.changed(changed, growing.length)
             self._drop()
             return None
         start, timed = time.perf_counter(), self._untimed
-        outputs = graph.replay(inputs)
-        self._replay_counts()
+        outputs = self._counted(graph.replay(inputs))
         if timed:
             self._untimed = False
             wait(self._model.device)
-            if not worth_it(self._eager_ms, 1e3 * (time.perf_counter() - start)):
-                return self._leave(outputs, Eager.NOT_FASTER)
+            faster = worth_it(self._eager_ms, 1e3 * (time.perf_counter() - start))
+            own = Verdict() if faster else Verdict(Eager.NOT_FASTER)
+            agreed = self._together.agreed(f"the time at position {growing.length}", own)
+            if agreed.reason is not None:
+                return self._leave(outputs, agreed.reason, agreed.detail)
         return self._advanced(outputs)
 
-    def _replay_counts(self) -> None:
+    def _changed(self, graph: Graph, inputs: dict[str, Any]) -> str | None:
+        """What the graph depends on and is no longer as it was; None where it still holds."""
+        growing = self._growing
+        assert growing is not None
+        fingerprint, addresses, chosen = self._fingerprint
+        if not fingerprint.holds():
+            return fingerprint.difference()
+        if addresses != growing.addresses():
+            return "the place of a state in the cache"
+        if chosen != switches():
+            return "a setting of PyTorch"
+        return None if graph.takes(inputs) else "the kind of an input"
+
+    def _counted(self, outputs: Any) -> Any:
+        """The outputs of a replay that counts."""
         assert self._tally is not None
         self._tally.replays += 1
         self._state.add(replays=1, tokens=self._batch)
+        return outputs
 
     def _advanced(self, outputs: Any) -> Any:
         """A step is done. Layers that are full grow, which makes a graph of them useless."""
         growing = self._growing
         assert growing is not None
-        if growing.fills_up() and not growing.may_grow():
-            return self._leave(outputs, Eager.MEMORY)
+        if growing.fills_up():  # by their length, which is the same on every rank
+            own = Verdict() if growing.may_grow() else Verdict(Eager.MEMORY)
+            agreed = self._together.agreed(f"longer layers at position {growing.length}", own)
+            if agreed.reason is not None:
+                return self._leave(outputs, agreed.reason, agreed.detail)
         if growing.advance():
             self._drop()
         return outputs

@@ -114,15 +114,25 @@ class NoHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _READS or (func in _INDEXING and any(map(_is_mask, args[1]))) or _is_open(func, args, kwargs):
+        if func in _READS or _counts_a_mask(func, args, kwargs) or _is_open(func, args, kwargs):
             raise HostRead(f"{func} reads values on the host")
         if func in _COPIES and _crosses(args, kwargs):
             raise HostRead(f"{func} copies between host and device")
         return func(*args, **kwargs)
 
 
+def _counts_a_mask(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a mask has to be counted: for the shape of what it picks, or for where values go. One number that is put
+    where a single mask says is filled in, without counting (`x[mask] = 0`, as a sharded embedding has it)."""
+    masks = [index for index in args[1] if _is_mask(index)] if func in _INDEXING else []
+    if not masks or func is _aten.index.Tensor:
+        return bool(masks)
+    number, accumulates = args[2], args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    alone = all(index is None or index is masks[0] for index in args[1])
+    return accumulates or not alone or number.numel() != 1 or number.device.type != "cpu"
+
+
 def _is_mask(index: Any) -> bool:
-    """Whether an index has to be counted before its result has a shape."""
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 

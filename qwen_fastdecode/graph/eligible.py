@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
 from ..switch import switched_off
 from ..upstream.protocols import CausalLM
+from ..upstream.sharding import Ranks, is_part, is_split_otherwise
 from .reasons import Eager
 
 OLDEST = Version("5.13")
@@ -22,6 +24,11 @@ FEWEST = 6  # decode steps in which a capture, compared with an eager step, has 
 def device_is_supported(device: torch.device) -> bool:
     """Tests replace this function."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def group_is_supported(ranks: Ranks) -> bool:
+    """Whether the collectives of these ranks can be captured. Tests replace this function."""
+    return "nccl" in dist.get_backend_config(ranks.group)
 
 
 def config_reason(config: Any, mode: Any, use_cache: bool, cache_given: bool) -> Eager | None:
@@ -41,8 +48,8 @@ def config_reason(config: Any, mode: Any, use_cache: bool, cache_given: bool) ->
     return None
 
 
-def model_reason(model: CausalLM, synced_ranks: bool) -> Eager | None:
-    """What the model is and how it lies, the cheapest questions first."""
+def model_reason(model: CausalLM, synced_ranks: bool, ranks: Ranks | None = None) -> Eager | None:
+    """What the model is and how it lies, the cheapest questions first. ranks: that it is tensor parallel over."""
     if Version(transformers.__version__) < OLDEST:
         return Eager.OLD_TRANSFORMERS
     if switched_off():
@@ -52,15 +59,17 @@ def model_reason(model: CausalLM, synced_ranks: bool) -> Eager | None:
     device = model.device
     if torch.is_autocast_enabled(device.type):
         return Eager.AUTOCAST
-    if synced_ranks or getattr(model, "_device_mesh", None) is not None or getattr(model, "_tp_size", None):
+    if synced_ranks or is_split_otherwise(model, ranks):
         return Eager.SEVERAL_RANKS
+    if ranks is not None and not group_is_supported(ranks):
+        return Eager.GROUP
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return Eager.QUANTIZED
-    return _weights_reason(model, device) or _modules_reason(model) or _settings_reason(model)
+    return _weights_reason(model, device, ranks) or _modules_reason(model) or _settings_reason(model)
 
 
-def _weights_reason(model: nn.Module, device: torch.device) -> Eager | None:
+def _weights_reason(model: nn.Module, device: torch.device, ranks: Ranks | None) -> Eager | None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if any(found.type in ("cpu", "meta") for found in devices) and any(found.type == "cuda" for found in devices):
         return Eager.OFFLOADED
@@ -68,7 +77,8 @@ def _weights_reason(model: nn.Module, device: torch.device) -> Eager | None:
         return Eager.SEVERAL_DEVICES
     if not device_is_supported(device):
         return Eager.NOT_ON_GPU
-    if any(type(weight) not in (nn.Parameter, Tensor) for weight in model.parameters()):
+    others = [weight for weight in model.parameters() if type(weight) not in (nn.Parameter, Tensor)]
+    if any(ranks is None or not is_part(weight, ranks) for weight in others):
         return Eager.WEIGHT_TYPE
     return None
 

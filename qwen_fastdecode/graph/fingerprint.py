@@ -20,10 +20,25 @@ from ..layer.plan import plan_of
 from ..names import PLAN
 from ..upstream.lookups import lookups_of
 from ..upstream.protocols import CausalLM, TextConfig
+from ..upstream.sharding import local_part
 from .norms import StandIn
 
 _GLOBAL_HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks")
 _PLAIN = (bool, int, float, str)
+_READ = (  # what `Fingerprint._read` gives
+    "the place of a weight or buffer",
+    "a module's submodules",
+    "a module's hooks",
+    "a module's class",
+    "a module's training mode",
+    "a number or text of a module",
+    "the configuration",
+    "the attention function",
+    "a module's forward",
+    "a layer's patch",
+    "a gated DeltaNet layer",
+    "an adapter",
+)
 _ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling", "use_dora")
 
 
@@ -51,6 +66,8 @@ class Fingerprint:
         self._adapters = [kept for kept in own if "_disable_adapters" in kept]
         # Tensors that are plain attributes (the offsets of multimodal positions), which a prompt's pass replaces.
         self._attributes = [(kept, name) for kept in own for name, value in kept.items() if isinstance(value, Tensor)]
+        weights = chain.from_iterable(map(dict.values, self._held))
+        self._sharded = any(weight is not None and local_part(weight) is not weight for weight in weights)
         self._alive = self._tensors(), [*chain.from_iterable(map(dict.values, self._children))]
         self._expected = self._read()
 
@@ -61,8 +78,19 @@ class Fingerprint:
         except KeyError:  # an attribute is gone
             return False
 
+    def difference(self) -> str:
+        """What is not as it was, for an error."""
+        try:
+            now = self._read()
+        except KeyError as error:
+            return f"the attribute {error} of a module"
+        named = zip(_READ, now, self._expected, strict=True)
+        return next((name for name, value, before in named if value != before), "what a module's code looks up")
+
     def _tensors(self) -> list[Tensor]:
         held = [tensor for tensor in chain.from_iterable(map(dict.values, self._held)) if tensor is not None]
+        if self._sharded:
+            held = [*map(local_part, held)]
         return held + [kept[name] for kept, name in self._attributes if kept.get(name) is not None]
 
     def _read(self) -> tuple[Any, ...]:

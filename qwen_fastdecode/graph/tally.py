@@ -12,16 +12,20 @@ class Tally:
     def __init__(self, model: CausalLM):
         self._before = [(plan, *_counts(plan)) for plan in map(plan_of, model.modules()) if plan is not None]
         self._fast: list[Plan] = []
+        self._split: list[Plan] = []
         self._deferred: list[Plan] = []
         self._settled = 0
         self.replays = 0
 
     def recorded(self) -> None:
         """The step was recorded: layers counted it, and nothing has run yet."""
-        for plan, fast, deferred in self._before:
+        for plan, fast, split, deferred in self._before:
             if plan.fast_steps > fast:
                 self._fast.append(plan)
                 plan.fast_steps -= 1
+            if plan.split_steps > split:
+                self._split.append(plan)
+                plan.split_steps -= 1
             if plan.deferred_steps > deferred:
                 self._deferred.append(plan)
                 plan.deferred_steps -= 1
@@ -31,9 +35,11 @@ class Tally:
         replays, self._settled = self.replays - self._settled, self.replays
         for plan in self._fast:
             plan.fast_steps += replays
+        for plan in self._split:
+            plan.split_steps += replays
         for plan in self._deferred:
             plan.deferred_steps += replays
 
 
-def _counts(plan: Plan) -> tuple[int, int]:
-    return plan.fast_steps, plan.deferred_steps
+def _counts(plan: Plan) -> tuple[int, int, int]:
+    return plan.fast_steps, plan.split_steps, plan.deferred_steps

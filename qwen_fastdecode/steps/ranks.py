@@ -23,30 +23,50 @@ _rounds: Counter[str] = Counter()  # exchanges so far, by group: every rank's n-
 
 
 def exchange(ranks: Ranks, what: str, message: Any) -> list[Any]:
-    """Every rank's message (of JSON), in their order. Raises RanksDisagree where a rank does not come."""
+    """Every rank's message (of JSON), in their order. Raises RanksDisagree where a rank does not come, or comes for
+    something else."""
     store, deadline = ranks.group.get_group_store(), time.monotonic() + TIMEOUT
-    key = f"qwen_fastdecode/{_rounds[ranks.group.group_name]}/"
+    count = _rounds[ranks.group.group_name]
     _rounds[ranks.group.group_name] += 1
-    store.set(f"{key}{ranks.rank}", json.dumps(message))
+    keys = [_key(count, rank) for rank in range(ranks.size)]
+    own = keys[ranks.rank]
+    store.set(own, json.dumps({"what": what, "message": message}))
     missing = []
-    for rank in range(ranks.size):
+    for rank, key in enumerate(keys):
         try:
-            store.wait([f"{key}{rank}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            store.wait([key], timedelta(seconds=max(0.1, deadline - time.monotonic())))
         except RuntimeError:  # DistStoreError, the store's timeout
             missing.append(rank)
     if missing:
         error = f"rank {ranks.rank} waited {TIMEOUT:.0f} s for ranks {missing}, and gave up"
-        store.set(f"{key}{ranks.rank}", json.dumps({"error": error}))
+        store.set(own, json.dumps({"what": what, "message": {"error": error}}))
         raise RanksDisagree(
             f"{what}: ranks {missing} of {ranks.size} did not call it within {TIMEOUT:.0f} s of rank {ranks.rank}. "
             "Every rank of a tensor-parallel model must call it; torch.distributed.barrier() before it waits for ranks "
             "that are merely late"
         )
-    answers = [json.loads(store.get(f"{key}{rank}")) for rank in range(ranks.size)]
-    for rank, answer in enumerate(answers):
-        if isinstance(answer, dict) and "error" in answer:  # it gave up, or failed, before this rank came
-            raise RanksDisagree(f"{what} failed on rank {rank} of {ranks.size}: {answer['error']}")
-    return answers
+    said = [json.loads(store.get(key)) for key in keys]
+    if count:  # a rank that has come to this round has read the last one
+        store.delete_key(_key(count - 1, ranks.rank))
+    return _of_one_kind(what, said)
+
+
+def _key(count: int, rank: int) -> str:
+    return f"qwen_fastdecode/{count}/{rank}"
+
+
+def _of_one_kind(what: str, said: list[dict[str, Any]]) -> list[Any]:
+    """The messages, if all ranks meant the same exchange and none of them has failed."""
+    for rank, its in enumerate(said):
+        message = its["message"]
+        if isinstance(message, dict) and "error" in message:  # it gave up, or failed, before this rank came
+            raise RanksDisagree(f"{what} failed on rank {rank} of {len(said)}: {message['error']}")
+        if its["what"] != what:
+            raise RanksDisagree(
+                f"{what}: rank {rank} of {len(said)} was not there but at {its['what']}. Every rank of a "
+                "tensor-parallel model must do the same things in the same order"
+            )
+    return [its["message"] for its in said]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 STYLE = "colwise_gather_output"
 
@@ -52,6 +52,34 @@ def _mesh(projection: nn.Module) -> Any:
     from torch.distributed.tensor import DTensor, Shard
 
     return weight.device_mesh if isinstance(weight, DTensor) and weight.placements == (Shard(0),) else None
+
+
+def is_part(weight: Tensor, ranks: Ranks) -> bool:
+    """Whether a weight is a plain tensor that is sharded, or kept whole, over exactly these ranks."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(weight, DTensor) or weight.device_mesh.ndim != 1:
+        return False
+    return weight.device_mesh.get_group() is ranks.group and type(local_part(weight)) in (nn.Parameter, Tensor)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight: its memory, where a DTensor itself says address 0.
+
+    Not `to_local()`, which makes a new tensor each time, and is asked for hundreds of weights before every replay.
+    """
+    return getattr(weight, "_local_tensor", weight)
+
+
+def is_split_otherwise(model: nn.Module, ranks: Ranks | None) -> bool:
+    """Whether Transformers runs a model on several ranks by another plan than, or by more than, tensor parallelism over
+    `ranks` (None: these found nothing): pipelines, FSDP, experts of one rank only."""
+    mesh = getattr(model, "_device_mesh", None)
+    if ranks is None:
+        return mesh is not None or bool(getattr(model, "_tp_size", None))
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    has_own_experts = getattr(distributed, "enable_expert_parallel", False)  # the same as ep_size > 1
+    return bool(has_own_experts) or (mesh is not None and mesh.size() != ranks.size)
 
 
 class ProjectionCall(NamedTuple):

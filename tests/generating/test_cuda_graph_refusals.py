@@ -59,7 +59,7 @@ MADE: dict[str, Callable[[Any], None]] = {
     "the model is in training mode": train,
     "weights of a tensor subclass": subclass,
     "a quantization that Transformers says cannot be compiled": quantized,
-    "several ranks run the model together": ranks,
+    "several ranks run the model together, and not by a tensor-parallel plan alone": ranks,
 }
 
 
