@@ -3,8 +3,8 @@
 NCCL takes a collective into a graph on every rank or on none, and a graph that holds one is launched by all of them.
 So whatever decides between a captured and an eager step is either the same on every rank by nature (shapes, and how
 many steps were made), or the ranks tell each other, through their group's store and within its timeout: once at the
-beginning of a call, thrice around a capture, and where memory is asked for. Never before a replay: a rank whose graph no
-longer holds asks the others whether theirs does, and raises where they do not come.
+beginning of a call, thrice around a capture, and where memory is asked for. Never before a replay: a rank whose graph
+no longer holds asks the others whether theirs does, and raises where they do not come.
 """
 
 from __future__ import annotations

@@ -29,6 +29,11 @@ class Event:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything but the graph itself is the package's own. Norms are upstream's, as Triton's interpreter would take
     most of a test's time for them."""
+    yield from without_norms(monkeypatch)
+
+
+def without_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same for whoever is no test: a rank."""
     monkeypatch.setattr(norms, "zero_centred_norm", lambda module: None)
     yield from _capturing(monkeypatch)
 
@@ -41,6 +46,7 @@ def stand_in_with_norms(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(eligible, "device_is_supported", lambda device: True)
+    monkeypatch.setattr(eligible, "group_is_supported", lambda ranks: True)
     monkeypatch.setattr(capture, "recorder", RecordedGraph)
     monkeypatch.setattr(state, "Pool", Pool)
     monkeypatch.setattr(call, "worth_it", lambda eager_ms, replay_ms: True)
