@@ -20,11 +20,12 @@ import qwen_fastdecode
 from benchmarks.checks.gpu_report import write_section
 from benchmarks.models.gpu_models import ModelShape, build
 from benchmarks.op.gpu_layers import release_memory
-from benchmarks.ranks.gpu_tp import CUDA_GRAPH, Row, compared, said, shapes, was_refused
+from benchmarks.ranks.gpu_tp import Row, compared, said, shapes
 from qwen_fastdecode.graph.reasons import Eager
 from qwen_fastdecode.report import PREFILL
 
 BATCH = 2
+CUDA_GRAPH = "cuda_graph=True"
 SIDES: dict[str, dict[str, Any] | None] = {"unpatched": None, "patched": {}, CUDA_GRAPH: {"cuda_graph": True}}
 
 
@@ -48,6 +49,12 @@ def rows(shape: ModelShape, device: torch.device) -> Iterator[Row]:
         refused = name != CUDA_GRAPH or was_refused(status, reason)
         passed = row["passed"] and spread and served and refused
         yield {"model": shape.name, "side": name, "devices": devices, **row, "passed": passed}
+
+
+def was_refused(status: qwen_fastdecode.Status, reason: Eager) -> bool:
+    """Whether nothing was captured, for this reason."""
+    graphs = status.graphs
+    return graphs is not None and not graphs.captures and str(reason) in graphs.reasons
 
 
 def main() -> int:

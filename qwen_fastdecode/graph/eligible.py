@@ -61,8 +61,6 @@ def model_reason(model: CausalLM, synced_ranks: bool, ranks: Ranks | None = None
         return Eager.AUTOCAST
     if synced_ranks or is_split_otherwise(model, ranks):
         return Eager.SEVERAL_RANKS
-    if ranks is not None and not group_is_supported(ranks):
-        return Eager.GROUP
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return Eager.QUANTIZED
@@ -80,6 +78,8 @@ def _weights_reason(model: nn.Module, device: torch.device, ranks: Ranks | None)
     others = [weight for weight in model.parameters() if type(weight) not in (nn.Parameter, Tensor)]
     if any(ranks is None or not is_part(weight, ranks) for weight in others):
         return Eager.WEIGHT_TYPE
+    if ranks is not None and not group_is_supported(ranks):
+        return Eager.GROUP
     return None
 
 
