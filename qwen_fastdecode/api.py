@@ -63,7 +63,8 @@ def patch(
             upstream does ("off"), or its own where that costs no more gathers or the batch is large ("auto").
             Every rank must patch, and unpatch, alike.
         cuda_graph: on a GPU, decode steps of `generate` are captured as one CUDA graph and replayed, where they can be;
-            `status` says how many were and why others were not. docs/cuda-graph.md says when it is worth it.
+            `status` says how many were and why others were not. docs/cuda-graph.md says when it is worth it. The ranks
+            of a tensor-parallel model capture together; `generate` raises RanksDisagree on one that cannot go on so.
         deferred_state: on a GPU, batches that are large enough write their recurrent states every N-th step only, which
             is less memory traffic; whoever reads a state in between finds it settled. docs/deferred-state.md says when
             it is worth it. A tensor that was taken out of a cache and kept is a snapshot.

@@ -25,7 +25,8 @@ class BackendUnavailable(PatchError):
 
 
 class RanksDisagree(PatchError):
-    """The ranks of a tensor-parallel model were not patched alike: they would wait for one another for ever."""
+    """The ranks of a tensor-parallel model were not patched alike, or do not do the same: they would wait for one
+    another for ever."""
 
 
 class BadInput(ValueError):

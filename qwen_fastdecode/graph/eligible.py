@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..switch import switched_off
 from ..upstream.protocols import CausalLM
-from ..upstream.sharding import Ranks, is_part, is_split_otherwise
+from ..upstream.sharding import Ranks, is_part, is_split_otherwise, local_part
 from .reasons import Eager
 
 OLDEST = Version("5.13")
@@ -68,7 +68,7 @@ def model_reason(model: CausalLM, synced_ranks: bool, ranks: Ranks | None = None
 
 
 def _weights_reason(model: nn.Module, device: torch.device, ranks: Ranks | None) -> Eager | None:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    devices = {local_part(tensor).device for tensor in (*model.parameters(), *model.buffers())}
     if any(found.type in ("cpu", "meta") for found in devices) and any(found.type == "cuda" for found in devices):
         return Eager.OFFLOADED
     if len({(found.type, found.index) for found in devices}) > 1:

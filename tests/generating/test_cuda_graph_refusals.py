@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers.generation import utils
 import qwen_fastdecode as qf
 from qwen_fastdecode import graph
 from qwen_fastdecode.graph import caches, call, eligible, install, state
+from qwen_fastdecode.graph.capture import HostRead, NoHostReads
+from qwen_fastdecode.upstream.sharding import Ranks
 
 pytestmark = pytest.mark.usefixtures(stand_in.__name__)
 
@@ -79,6 +82,16 @@ def test_reasons_that_need_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert eligible.model_reason(model, synced_ranks=False) is None
         assert eligible.model_reason(model, synced_ranks=True) is eligible.Eager.SEVERAL_RANKS
+        two = Ranks(Mock(), 0, 2)
+        assert eligible.model_reason(model, synced_ranks=False, ranks=two) is None
+        model._device_mesh = Mock(size=lambda: 4)  # of which a tensor-parallel group is a part
+        assert eligible.model_reason(model, synced_ranks=False, ranks=two) is eligible.Eager.SEVERAL_RANKS
+        del model._device_mesh
+        model.config.distributed_config = Mock(enable_expert_parallel=True)
+        assert eligible.model_reason(model, synced_ranks=False, ranks=two) is eligible.Eager.SEVERAL_RANKS
+        del model.config.distributed_config
+        monkeypatch.setattr(eligible, "group_is_supported", lambda ranks: False)
+        assert eligible.model_reason(model, synced_ranks=False, ranks=two) is eligible.Eager.GROUP
         with torch.autocast("cpu", torch.bfloat16):
             assert eligible.model_reason(model, synced_ranks=False) is eligible.Eager.AUTOCAST
         flash(model)
@@ -88,6 +101,31 @@ def test_reasons_that_need_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(eligible.transformers, "__version__", "5.12.1")
         assert eligible.model_reason(model, synced_ranks=False) is eligible.Eager.OLD_TRANSFORMERS
     assert eligible.model_reason(build(), synced_ranks=False) is eligible.Eager.OLD_TRANSFORMERS
+
+
+X, MASK = torch.ones(2, 3, 4), torch.eye(2, 3) > 0
+COUNTED: dict[str, Callable[[], Any]] = {
+    "what it picks": lambda: X[MASK],
+    "many numbers": lambda: X.index_put_((MASK,), torch.ones(2, 4)),
+    "a number that is added": lambda: X.index_put_((MASK,), torch.tensor(1.0), accumulate=True),
+    "beside an index": lambda: X.index_put_((MASK, torch.tensor([0, 1])), torch.tensor(1.0)),
+}
+
+
+@pytest.mark.parametrize("how", COUNTED)
+def test_masks_that_are_counted_read_the_host(how: str) -> None:
+    with pytest.raises(HostRead, match="reads values on the host"), NoHostReads():
+        COUNTED[how]()
+
+
+def test_a_mask_that_only_says_where_one_number_goes_is_not_counted() -> None:
+    """A sharded embedding has it so, before it and after it; CUDA fills, and reads nothing."""
+    tokens, out = torch.arange(6).view(2, 3), X.clone()
+    with NoHostReads():
+        tokens[MASK] = 0
+        out[MASK, :] = 0.0
+    assert tokens.tolist() == [[0, 1, 2], [3, 0, 5]]
+    assert torch.equal(out, X * ~MASK[..., None])
 
 
 class Wrapped(torch.nn.Module):
