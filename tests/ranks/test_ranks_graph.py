@@ -26,22 +26,21 @@ import qwen_fastdecode as qf
 from qwen_fastdecode import graph
 from qwen_fastdecode.graph import call, capture, install
 from qwen_fastdecode.steps import ranks
-from qwen_fastdecode.upstream.unsettled import owing_layers
 
 STEPS = 20  # of a call: a first one, a capture, and replays
 capturing = contextmanager(cuda_graph_stand_in.without_norms)
 Change = Callable[[Any, pytest.MonkeyPatch], Any]
 
 
-class At(StoppingCriteria):
-    """Does something once, after a number of tokens; it never stops."""
+class After(StoppingCriteria):
+    """Does something after these numbers of new tokens; it never stops."""
 
-    def __init__(self, length: int, does: Callable[[], Any]):
-        self.length, self.does, self.found = length, does, None
+    def __init__(self, does: Callable[[], Any], *counts: int):
+        self.does, self.lengths = does, [FIRST.shape[1] + count for count in counts]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if input_ids.shape[1] == self.length:
-            self.found = self.does()
+        if input_ids.shape[1] in self.lengths:
+            self.does()
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
@@ -50,26 +49,24 @@ def counts(model: Any) -> tuple[int, int, int, dict[str, int]]:
     return found.captures, found.compared, found.replays, found.reasons
 
 
-def later_states(model: Any, prompt: torch.Tensor) -> torch.Tensor:
-    """A recurrent state that somebody reads while a graph is held, after half of the steps."""
+def states_meanwhile(model: Any, prompt: torch.Tensor) -> list[torch.Tensor]:
+    """A recurrent state, read twice while a graph is held, and replays in between."""
     held: list[Any] = []
-    seam = type(model).forward
+    found: list[torch.Tensor] = []
+    forward = type(model).forward
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = seam(self, *args, **kwargs)
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
         held[:] = [out.past_key_values.layers[0]]
         return out
 
-    def read() -> torch.Tensor:
-        return held[0].recurrent_states[0].clone()
-
-    reader = At(FIRST.shape[1] + STEPS // 2, read)
-    type(model).forward = forward
+    reader = After(lambda: found.append(held[0].recurrent_states[0].clone()), 8, 14)
+    type(model).forward = seen
     try:
         generate(model, STEPS, prompt, stopping_criteria=StoppingCriteriaList([reader]))
     finally:
-        type(model).forward = seam
-    return reader.found
+        type(model).forward = forward
+    return found
 
 
 def then_more(model: Any) -> torch.Tensor:
@@ -80,15 +77,24 @@ def then_more(model: Any) -> torch.Tensor:
     return generate(model, 4, text, past_key_values=first.past_key_values)
 
 
+def _keys() -> int:
+    """Of the store that ranks meet in."""
+    dist.barrier()  # nobody is about to take one away,
+    keys = dist.group.WORLD.get_group_store().num_keys()
+    dist.barrier()  # nor to leave another
+    return keys
+
+
 def _replayed(rank: int, folder: Path) -> dict[str, Any]:
     model, said = load_ranks(folder), {}
     with pytest.MonkeyPatch.context() as patch, capturing(patch):
         for mode in ("on", "off"):
             qf.patch(model, backend="torch", head_parallel=mode, cuda_graph=True)
             said[mode] = generate(model, STEPS, FIRST), counts(model), qf.status(model).split_steps
-            said[f"{mode}, states"] = later_states(model, FIRST), counts(model)[2]
+            said[f"{mode}, states"] = states_meanwhile(model, FIRST), counts(model)[2]
+            keys = _keys()
             said[f"{mode}, more"] = then_more(model)
-            said[f"{mode}, owing"] = sum(1 for _ in owing_layers())
+            said[f"{mode}, keys"] = _keys() - keys
             qf.unpatch(model)
         said["left"] = len(install._installed), cuda_graph_stand_in.RecordedGraph.living
     return said
@@ -97,7 +103,7 @@ def _replayed(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_the_same_tokens_from_replays(family: str, tmp_path: Path) -> None:
     folder, model = save(tmp_path / family, family, **FOUR)
-    expected, more, states = generate(model, STEPS, FIRST), then_more(model), later_states(model, FIRST)
+    expected, more, states = generate(model, STEPS, FIRST), then_more(model), states_meanwhile(model, FIRST)
     for said in on_ranks(2, _replayed, folder):
         for mode in ("on", "off"):
             tokens, counted, split = said[mode]
@@ -105,7 +111,9 @@ def test_the_same_tokens_from_replays(family: str, tmp_path: Path) -> None:
             assert counted == (1, 1, STEPS - 3, {})
             assert split == (LINEAR * (STEPS - 1) if mode == "on" else 0)
             read, replays = said[f"{mode}, states"]
+            assert len(read) == 2
             torch.testing.assert_close(read, states)
+            assert said[f"{mode}, keys"] == 0
             assert replays == 2 * (STEPS - 3)
             assert torch.equal(said[f"{mode}, more"], more)
         assert said["left"] == (0, 0)
@@ -197,22 +205,26 @@ def moved(model: Any) -> None:
     weight._local_tensor = weight._local_tensor.clone()
 
 
+def _ended(model: Any, rank: int, last: int) -> torch.Tensor:
+    """A text that ends by a token. One rank alone looks at every step, and makes none in vain."""
+    watching = StoppingCriteriaList([After(lambda: None)] if rank == 1 else [])
+    said = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": last, "pad_token_id": 0}
+    mask = torch.ones_like(FIRST[:1])
+    return model.generate(FIRST[:1], attention_mask=mask, stopping_criteria=watching, **said)
+
+
 def _changed(rank: int, folder: Path) -> dict[str, Any]:
     ranks.TIMEOUT = 2.0
     model, found = load_ranks(folder), {}
-    length = FIRST.shape[1] + 8
 
     def said(change: Callable[[], Any], **options: Any) -> torch.Tensor:
-        return generate(model, STEPS, FIRST, stopping_criteria=StoppingCriteriaList([At(length, change)]), **options)
+        return generate(model, STEPS, FIRST, stopping_criteria=StoppingCriteriaList([After(change, 8)]), **options)
 
     with pytest.MonkeyPatch.context() as patch, capturing(patch):
         qf.patch(model, backend="torch", head_parallel="on", cuda_graph=True)
         found["all"] = said(lambda: moved(model)), counts(model)
         qf.reset_counters(model)
-        # One rank alone looks at every step: without its word the other would make a step more at the end of the text.
-        ends = {"eos_token_id": int(found["all"][0][0, -6]), "pad_token_id": 0}
-        found["end"] = said(lambda: None, **ends) if rank == 1 else generate(model, STEPS, FIRST, **ends)
-        found["end, counts"] = counts(model)
+        found["end"] = _ended(model, rank, int(found["all"][0][0, -6])), counts(model)
         qf.patch(model, backend="torch", head_parallel="off", cuda_graph=True)  # what a rank alone can take off
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)  # of the other rank's waiting
         with pytest.raises(RuntimeError) as raised:
@@ -224,6 +236,7 @@ def _changed(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_what_changes_during_a_call(tmp_path: Path) -> None:
     """On all ranks: another capture. On one: an error that names it, within the timeout."""
     folder, model = save(tmp_path / "model", "qwen3_5", **FOUR)
@@ -233,8 +246,12 @@ def test_what_changes_during_a_call(tmp_path: Path) -> None:
         tokens, counted = found["all"]
         assert torch.equal(tokens, expected)
         assert counted == (2, 2, STEPS - 5, {})
-    assert torch.equal(zero["end"], one["end"])
-    assert zero["end, counts"] == one["end, counts"]
+        ended, counted = found["end"]
+        end = expected[0, : ended.shape[1]]
+        assert torch.equal(ended[0], end)
+        assert end[-1] == expected[0, -6]
+        assert FIRST.shape[1] + 5 < len(end) < expected.shape[1]
+        assert counted == (1, 1, len(end) - FIRST.shape[1] - 3, {})
     kind, text = one["alone"]
     assert kind == "RanksDisagree"
     assert text.startswith("the place of a weight or buffer changed on rank 1 of 2 before position 13")

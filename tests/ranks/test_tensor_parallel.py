@@ -187,6 +187,9 @@ def _disagreements(rank: int, folder: Path) -> dict[str, str]:
     transformers.__version__ = own
     tell("one does not patch", lambda: qf.patch(model) if rank == 0 else None)
     tell("it patches too late", lambda: qf.patch(model) if rank == 1 else None)
+    group = agreement.Ranks(torch.distributed.group.WORLD, rank, 2)
+    what = ("a call", "another call")[rank]
+    tell("not the same thing", lambda: agreement.exchange(group, what, None))
     activation, linear_layers(model)[0].activation = linear_layers(model)[0].activation, ("silu", "gelu")[rank]
     try:
         tell("one fails", lambda: qf.patch(model))
@@ -213,6 +216,8 @@ def test_ranks_that_disagree_are_told_so_within_seconds(tmp_path: Path) -> None:
     assert "transformers' version is '5.0.0' on rank 1, but '5.23.0' on rank 0" in one["version"]
     assert "ranks [1] of 2 did not call it within 3 s of rank 0" in zero["one does not patch"]
     assert "patch() failed on rank 0 of 2: rank 0 waited 3 s for ranks [1], and gave up" in one["it patches too late"]
+    assert zero["not the same thing"].startswith("a call: rank 1 of 2 was not there but at another call")
+    assert one["not the same thing"].startswith("another call: rank 0 of 2 was not there but at a call")
     assert zero["one fails"].startswith("patch() failed on rank 1 of 2: LayerNotCovered: model.layers.0.linear_attn")
     assert one["one fails"].startswith("itself: model.layers.0.linear_attn")
     assert Counter(told["patched by then"] for told in (zero, one)) == {"0": 2}
