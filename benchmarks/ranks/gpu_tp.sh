@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/ranks/gpu_tp.sh [--graph] [--out FOLDER] [--ranks N] [--limit SECONDS] [--no-speed] [--dry-run]
 #
-# --graph: captured steps on tensor-parallel ranks, and nothing else, of a model of 4B parameters at the end.
+# --graph: captured steps on tensor-parallel ranks, and nothing else; some four minutes, of which times are the half.
 # Ends within --limit seconds (520); what was measured by then is kept. --no-speed takes some three minutes. --dry-run runs
 # the same code on the CPU (gloo) at tiny sizes. Nothing is installed; what is on PYTHONPATH is used. Exit code 1 if
 # anything was wrong or cut short.
