@@ -16,12 +16,15 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import deferred_tables, tables
+from benchmarks import deferred_tables, graph_tables, tables
 from benchmarks.markdown import table
 from benchmarks.tables import RESULTS, SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/tensor-parallel.md", "docs/deferred-state.md")
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("performance", "cuda-graph", "tensor-parallel", "deferred-state")),
+)
 BEGIN, END = "<!-- figures: {} -->", "<!-- /figures -->"
 BLOCKS: dict[str, Callable[[], str]] = {
     "models": tables.models,
@@ -34,6 +37,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "deferred": deferred_tables.models,
     "deferred steps": deferred_tables.steps,
     "deferred gain": deferred_tables.gain,
+    "long prompts": graph_tables.long_prompts,
+    "graph memory": graph_tables.graph_memory,
+    "captured ranks": graph_tables.captured_ranks,
 }
 
 

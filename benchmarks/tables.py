@@ -15,9 +15,11 @@ from benchmarks.markdown import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
-    "models": "h100-2026-11-26-models",  # generate-*.json
-    "step": "h100-2026-11-26-step",  # speed.json
+    "models": "h100-2026-11-27",  # generate-*.json
+    "graph": "h100-2026-11-27",  # graph.json
+    "step": "h100-2026-11-27",  # speed.json
     "ranks": "h100x2-2026-11-24",
+    "captured ranks": "h100x2-2026-11-27",  # tp-graph.json
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
     "deferred": "h100-2026-11-26-deferred-8",  # deferred-op.json and deferred-models.json
@@ -104,7 +106,7 @@ def without_speed() -> str:
                 lines.append(f"{SIDES[side]}, {short}: {_wrong(wrong)}.")
         for row in rows:
             if "error" in row:
-                why = row["error"].splitlines()[0].partition(". ")[0]
+                why = row["error"].splitlines()[0].partition(". ")[0].removeprefix("AssertionError: ")
                 lines.append(f"{SIDES[row['side']]}, {short}, batch {row['batch']}: {why}.")
     return "\n".join(f"- No speed: {line}" for line in lines)
 

@@ -1,0 +1,60 @@
+"""What `docs/cuda-graph.md` and `docs/tensor-parallel.md` say of captured steps, from the committed results."""
+
+from __future__ import annotations
+
+from benchmarks.markdown import table
+from benchmarks.tables import MODELS, Rows, load, machine, times
+
+SIDES = {"unpatched": "Transformers", "patched": "patched", "captured": "patched, cuda_graph=True"}
+
+
+def long_prompts() -> str:
+    """ms a token after long prompts."""
+    data = load("graph", "graph.json")
+    rows: Rows = [row for row in data["results"] if "ms a token" in row]
+    lines = []
+    for row in rows:
+        eager, captured = row["ms a token"]["patched"], row["ms a token"]["cuda_graph"]
+        lines.append(
+            [str(row["batch"]), f"{row['prompt']:,}", f"{eager:.1f}", f"{captured:.1f}", times(eager / captured)]
+        )
+    head = ["batch", "prompt, tokens", "ms a token, patched (less is better)", "... and captured", "faster"]
+    (model,), of = {row["model"] for row in rows}, data["machine"]
+    return f"{table(head, lines)}\n\n{MODELS[model]}; {machine(of)}; bfloat16; code of {of['date']}."
+
+
+def graph_memory() -> str:
+    """What stays reserved after calls of many shapes, and after the patch is off."""
+    said = []
+    for row in load("graph", "graph.json")["results"]:
+        if "allocated, reserved MiB" not in row:
+            continue
+        before, *_, after = (reserved for _, reserved in row["allocated, reserved MiB"])
+        off = row["unpatched"][1]
+        said.append(
+            f"{after - before:,.0f} MiB of {MODELS[row['model']].partition(': ')[2]} ({off - before:,.0f} unpatched)"
+        )
+    return f"Reserved more than before, after ten calls of ten shapes: {' and '.join(said)}."
+
+
+def captured_ranks() -> str:
+    """Captured steps on two tensor-parallel ranks."""
+    data = load("captured ranks", "tp-graph.json")
+    # A token is there when the slower rank has it.
+    ms = {
+        (row["speed"], row["batch"]): max(rank["ms"] for rank in row["ranks"])
+        for row in data["results"]
+        if "speed" in row
+    }
+    batches = sorted({batch for _, batch in ms})
+    lines = []
+    for side, words in SIDES.items():
+        cells = (
+            f"{ms[side, batch]:.1f}"
+            + ("" if side == "unpatched" else f" ({times(ms['unpatched', batch] / ms[side, batch])})")
+            for batch in batches
+        )
+        lines.append([words, *cells])
+    of = data["machine"]
+    head = ["ms a token (less is better)", *(f"batch {batch}" for batch in batches)]
+    return f"{table(head, lines)}\n\nTwo of {machine(of)}; dense, 32 layers, bfloat16; code of {of['date']}."
