@@ -38,7 +38,7 @@ def test_a_changed_figure_is_noticed(
 def with_another_figure(text: str) -> str:
     """One number of the first block, or of a chart, is another."""
     head, begin, rest = text.rpartition("<!-- figures: ")
-    changed, count = re.subn(r"\d+\.\d+(?=x| )", "0.01", rest, count=1)
+    changed, count = re.subn(r"\d+(\.\d+)?(?=x| )", "0.01", rest, count=1)
     assert count == 1
     return head + begin + changed
 

@@ -12,11 +12,12 @@ import torch
 from benchmarks.checks import gpu_report
 from benchmarks.checks.gpu_report import KeptRows
 from benchmarks.models import gpu_generate, gpu_tokens
+from benchmarks.models.gpu_generate import Expected
 from benchmarks.models.gpu_models import MODELS, build
 from benchmarks.models.sides import SIDES, chosen, source_of
 from benchmarks.op.gpu_layers import KERNEL_FUNCTIONS
 
-TINY, CPU = MODELS["dense"](4, True), torch.device("cpu")
+TINY, TINY_EXPERTS, CPU = MODELS["dense"](4, True), MODELS["experts"](4, True), torch.device("cpu")
 SOME = {name: SIDES[name] for name in ("eager", "patched", "compiled")}
 
 
@@ -59,7 +60,7 @@ def test_tokens_that_are_there_are_not_made_again(tmp_path: Path) -> None:
 
 
 def test_choices_of_experts_are_those_of_transformers_alone() -> None:
-    model = build(MODELS["experts"](4, True), CPU, torch.float32)
+    model = build(TINY_EXPERTS, CPU, torch.float32)
     inputs, choices = gpu_generate.prompts(model, 2, 4), gpu_tokens.Choices()
     with torch.no_grad(), gpu_tokens.recorded_choices(model, choices):
         expected = gpu_tokens.logits_of(model, inputs)
@@ -124,9 +125,22 @@ def test_logits_of_another_text_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
     assert wrong["error"].startswith("AssertionError: logits differ by ")
 
 
-def _expected(model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    own = gpu_generate._expected(model, inputs)
-    return own, own.flip(-1)
+def _expected(model: Any, inputs: Any) -> tuple[Expected, Expected]:
+    own = Expected.of(model, inputs)
+    return own, own._replace(logits=own.logits.flip(-1))
+
+
+def test_logits_of_flash_linear_attention_are_compared_with_the_experts_that_transformers_chose() -> None:
+    model = build(TINY_EXPERTS, CPU, torch.bfloat16)
+    inputs = gpu_generate.prompts(model, 1, 4)
+    own = Expected.of(model, inputs)
+    assert own.distance_to(model, inputs, SIDES["fla"]) == 0
+    other = own._replace(choices=[(*choice[:-1], (choice[-1] + 1) % 4) for choice in own.choices])
+    assert other.distance_to(model, inputs, SIDES["fla"]) > 0
+    assert other.distance_to(model, inputs, SIDES["patched"]) == 0  # whose routers choose for themselves
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(AssertionError, match="1 choices of routers were not asked for"):
+        own._replace(choices=[*own.choices, own.choices[0]]).distance_to(model, inputs, SIDES["fla"])
 
 
 def test_sides_by_name() -> None:
