@@ -55,8 +55,10 @@ class Fingerprint:
         self._held = [kept["_parameters"] for kept in own if kept["_parameters"]]
         self._held += [kept["_buffers"] for kept in own if kept["_buffers"]]
         self._children = [kept["_modules"] for kept in own if kept["_modules"]]
-        self._hooks = [kept[name] for kept in own for name in ("_forward_pre_hooks", "_forward_hooks")]
-        self._hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
+        hooks = [kept[name] for kept in own for name in ("_forward_pre_hooks", "_forward_hooks")]
+        hooks += [vars(nn.modules.module)[name] for name in _GLOBAL_HOOKS]
+        # Most tables of hooks are empty, and whether all of these still are is asked at once.
+        self._no_hooks, self._hooks = [table for table in hooks if not table], [table for table in hooks if table]
         self._own = own
         names = [(kept, _values_of(module)) for module, kept in zip(modules, own, strict=True)]
         self._values = [(itemgetter(*values), kept) for kept, values in names if values]
@@ -97,7 +99,7 @@ class Fingerprint:
         return (
             [*map(Tensor.data_ptr, self._tensors())],
             [*map(id, chain.from_iterable(map(dict.values, self._children)))],
-            [*map(tuple, self._hooks)],
+            (any(self._no_hooks), [*map(tuple, self._hooks)]),
             [*map(type, self._modules)],
             [kept["training"] for kept in self._own],
             [read(kept) for read, kept in self._values],

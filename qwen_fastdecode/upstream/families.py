@@ -150,7 +150,7 @@ class Family:
             type(norm),
             _epsilon(norm),
             getattr(norm, "activation", "silu"),
-            getattr(norm, "bias", None) is None,
+            _has_bias(norm),
             layer.activation,
             *(getattr(layer, name, None) for name in ("key_dim", "value_dim")),
             layer.num_k_heads,
@@ -246,6 +246,13 @@ def read_norm(norm: GatedNormModule) -> GatedNorm | None:
         return None
     gate = GATES.get(getattr(norm, "activation", "silu"))
     return None if gate is None else GatedNorm(float(eps), gate)
+
+
+def _has_bias(norm: GatedNormModule) -> bool:
+    """Whether there is one, looked for where a module keeps it: `getattr` takes a microsecond to find none."""
+    own = norm.__dict__
+    kept = (own["_parameters"].get("bias"), own.get("bias"), getattr(type(norm), "bias", None))
+    return any(bias is not None for bias in kept)
 
 
 def _epsilon(norm: GatedNormModule) -> float | None:

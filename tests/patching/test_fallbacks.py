@@ -408,6 +408,14 @@ def added_bias(model: PreTrainedModel) -> Iterator[None]:
     yield
 
 
+def parameter_of_norm(layer: nn.Module) -> None:
+    layer.norm.bias = nn.Parameter(torch.ones_like(layer.norm.weight))
+
+
+def tensor_of_norm(layer: nn.Module) -> None:
+    layer.norm.bias = torch.ones_like(layer.norm.weight)
+
+
 class Ungated(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -482,6 +490,8 @@ CASES = [
     Case(Reason.HOOKED_SUBMODULE, change=replaced_forward),
     Case(Reason.HOOKED_SUBMODULE, change=compiled_norm),
     Case(Reason.CHANGED_LAYER, change=added_bias),
+    Case(Reason.CHANGED_LAYER, change=setting("parameter_of_norm", parameter_of_norm)),
+    Case(Reason.CHANGED_LAYER, change=setting("tensor_of_norm", tensor_of_norm)),
     Case(Reason.CHANGED_LAYER, change=replaced_norm),
     Case(Reason.CHANGED_LAYER, change=setting("larger_epsilon", larger_epsilon)),
     Case(Reason.CHANGED_LAYER, change=setting("epsilon_in_a_tensor", epsilon_in_a_tensor)),
