@@ -49,7 +49,10 @@ class Call:
         self._model = model
         self._batch = given["input_ids"].shape[0]
         self._offer = state.take_offer()
-        self._unwatched = not any(map(_is_foreign, (*given["logits_processor"], *given["stopping_criteria"])))
+        self._may_run_ahead = not (
+            given["generation_config"].return_dict_in_generate  # the cache too, which a step in vain would have changed
+            or any(map(_is_foreign, (*given["logits_processor"], *given["stopping_criteria"])))
+        )
         self._together = Together(ranks_of_model(model))
         self._begun = False
         self._growing: GrowingCache | None = None
@@ -72,8 +75,8 @@ class Call:
     @property
     def runs_ahead(self) -> bool:
         """Whether `generate` may begin a step before it knows that the last one was not the end: at the end of a text
-        one step is made in vain. Not where somebody else's code looks at every step."""
-        return self._growing is not None and self._unwatched
+        one step is made in vain. Not where somebody else's code looks at every step, or the cache is returned."""
+        return self._growing is not None and self._may_run_ahead
 
     def begin(self, outputs: Any) -> Any:
         """After the prompt's pass: its outputs, with a cache of fixed addresses."""
@@ -81,10 +84,10 @@ class Call:
         if self._begun or self.reason is not None:
             return outputs
         self._begun = True
-        own = Verdict(self._refused or self._refusal_after(outputs), able=self._unwatched)
+        own = Verdict(self._refused or self._refusal_after(outputs), able=self._may_run_ahead)
         limit = None if offer is None else offer.limit
         agreed = self._together.agreed(f"{self._batch} sequences up to position {limit}", own)
-        self._unwatched = agreed.able  # a rank that looks at every step makes none in vain, and so none does
+        self._may_run_ahead = agreed.able  # where one rank makes no step in vain, none does
         if agreed.reason is not None:
             self._is_eager(agreed.reason, agreed.detail)
             return outputs

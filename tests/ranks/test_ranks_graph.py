@@ -205,12 +205,18 @@ def moved(model: Any) -> None:
     weight._local_tensor = weight._local_tensor.clone()
 
 
-def _ended(model: Any, rank: int, last: int) -> torch.Tensor:
-    """A text that ends by a token. One rank alone looks at every step, and makes none in vain."""
-    watching = StoppingCriteriaList([After(lambda: None)] if rank == 1 else [])
+# What one rank alone asks for, so that it makes no step in vain.
+WATCHING: dict[str, Callable[[], dict[str, Any]]] = {
+    "it looks at every step": lambda: {"stopping_criteria": StoppingCriteriaList([After(lambda: None)])},
+    "it keeps the cache": lambda: {"return_dict_in_generate": True},
+}
+
+
+def _ended(model: Any, last: int, **alone: Any) -> torch.Tensor:
+    """A text that ends by a token."""
     said = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": last, "pad_token_id": 0}
-    mask = torch.ones_like(FIRST[:1])
-    return model.generate(FIRST[:1], attention_mask=mask, stopping_criteria=watching, **said)
+    result = model.generate(FIRST[:1], attention_mask=torch.ones_like(FIRST[:1]), **said, **alone)
+    return result if isinstance(result, torch.Tensor) else result.sequences
 
 
 def _changed(rank: int, folder: Path) -> dict[str, Any]:
@@ -223,8 +229,10 @@ def _changed(rank: int, folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, capturing(patch):
         qf.patch(model, backend="torch", head_parallel="on", cuda_graph=True)
         found["all"] = said(lambda: moved(model)), counts(model)
-        qf.reset_counters(model)
-        found["end"] = _ended(model, rank, int(found["all"][0][0, -6])), counts(model)
+        for name, options in WATCHING.items():
+            qf.reset_counters(model)
+            alone = options() if rank == 1 else {}
+            found[name] = _ended(model, int(found["all"][0][0, -6]), **alone), counts(model)
         qf.patch(model, backend="torch", head_parallel="off", cuda_graph=True)  # what a rank alone can take off
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)  # of the other rank's waiting
         with pytest.raises(RuntimeError) as raised:
@@ -246,12 +254,13 @@ def test_what_changes_during_a_call(tmp_path: Path) -> None:
         tokens, counted = found["all"]
         assert torch.equal(tokens, expected)
         assert counted == (2, 2, STEPS - 5, {})
-        ended, counted = found["end"]
-        end = expected[0, : ended.shape[1]]
-        assert torch.equal(ended[0], end)
-        assert end[-1] == expected[0, -6]
-        assert FIRST.shape[1] + 5 < len(end) < expected.shape[1]
-        assert counted == (1, 1, len(end) - FIRST.shape[1] - 3, {})
+        for name in WATCHING:
+            ended, counted = found[name]
+            end = expected[0, : ended.shape[1]]
+            assert torch.equal(ended[0], end), name
+            assert end[-1] == expected[0, -6]
+            assert FIRST.shape[1] + 5 < len(end) < expected.shape[1]
+            assert counted == (1, 1, len(end) - FIRST.shape[1] - 3, {}), name
     kind, text = one["alone"]
     assert kind == "RanksDisagree"
     assert text.startswith("the place of a weight or buffer changed on rank 1 of 2 before position 13")
