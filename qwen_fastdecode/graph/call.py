@@ -100,8 +100,8 @@ class Call:
 
     def step(self, *args: Any, **inputs: Any) -> Any:
         """What `generate` calls for a token of every sequence, in the place of the model."""
-        if self._growing is None:
-            return self._model(*args, **inputs)
+        if self._growing is None or all(value is not self._growing.static for value in inputs.values()):
+            return self._model(*args, **inputs)  # of a call within this one: the chunks of a prompt, for beams
         reason = self._interrupted()
         if reason is not None:
             self._together.changed(f"that it can be captured ({reason})", self._growing.length)

@@ -326,6 +326,25 @@ def test_a_call_within_a_call() -> None:
     assert found.reasons == {"a way of generating other than greedy and sampling": 1}
 
 
+def test_a_call_within_a_call_whose_prompt_comes_in_chunks() -> None:
+    """By beams, as many as the outer call has sequences: its chunks are no steps of the outer call."""
+    model = build()
+    inner: list[torch.Tensor] = []
+
+    def asks(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] == 12:
+            options = {"num_beams": 2, "prefill_chunk_size": 2, "do_sample": False, "eos_token_id": None}
+            inner.append(model.generate(PROMPT[:1], max_new_tokens=9, **options))
+        return scores
+
+    expected = generate(model, 20, logits_processor=[asks])
+    captured(model)
+    assert torch.equal(generate(model, 20, logits_processor=[asks]), expected)
+    assert torch.equal(*inner)
+    found = graph.describe(model)
+    assert (found.captures, found.replays) == (1, 17)
+
+
 def test_threads_with_the_same_model() -> None:
     model = build()
     prompts = [PROMPT + i for i in range(3)]
