@@ -26,6 +26,7 @@ import qwen_fastdecode as qf
 from qwen_fastdecode import graph
 from qwen_fastdecode.graph import call, capture, install
 from qwen_fastdecode.steps import ranks
+from qwen_fastdecode.upstream.sharding import local_part
 
 STEPS = 20  # of a call: a first one, a capture, and replays
 capturing = contextmanager(cuda_graph_stand_in.without_norms)
@@ -200,9 +201,12 @@ def test_what_one_rank_cannot_none_does(tmp_path: Path) -> None:
 
 
 def moved(model: Any) -> None:
-    """A weight lies elsewhere; only the address of the rank's own part tells."""
+    """A weight lies elsewhere; only the address of the rank's own part tells (before DTensors, that is the weight)."""
     weight = model.model.layers[0].linear_attn.out_proj.weight
-    weight._local_tensor = weight._local_tensor.clone()
+    if local_part(weight) is weight:
+        weight.data = weight.data.clone()
+    else:
+        weight._local_tensor = local_part(weight).clone()
 
 
 # What one rank alone asks for, so that it makes no step in vain.
