@@ -135,7 +135,7 @@ class Call:
         if offer is None:
             return Eager.USER_CACHE
         if offer.reason is not None:
-            return offer.reason
+            return Eager.OLD_TRANSFORMERS if eligible.is_old() else offer.reason  # which may have no cache to offer
         if self._state.failures >= GIVE_UP_AFTER:
             return Eager.FAILED_BEFORE
         return eligible.model_reason(self._model, bool(given.get("synced_gpus")), self._together.ranks)

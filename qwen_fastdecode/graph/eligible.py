@@ -26,6 +26,11 @@ def device_is_supported(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def is_old() -> bool:
+    """Whether this release of Transformers is from before the oldest that is captured."""
+    return Version(transformers.__version__) < OLDEST
+
+
 def group_is_supported(ranks: Ranks) -> bool:
     """Whether the collectives of these ranks can be captured. Tests replace this function."""
     return "nccl" in dist.get_backend_config(ranks.group)
@@ -50,7 +55,7 @@ def config_reason(config: Any, mode: Any, use_cache: bool, cache_given: bool) ->
 
 def model_reason(model: CausalLM, synced_ranks: bool, ranks: Ranks | None = None) -> Eager | None:
     """What the model is and how it lies, the cheapest questions first. ranks: that it is tensor parallel over."""
-    if Version(transformers.__version__) < OLDEST:
+    if is_old():
         return Eager.OLD_TRANSFORMERS
     if switched_off():
         return Eager.SWITCHED_OFF

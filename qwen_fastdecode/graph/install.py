@@ -20,6 +20,7 @@ from transformers.generation.utils import GenerationMixin
 
 from ..upstream.protocols import CausalLM
 from .call import Call
+from .eligible import is_old
 from .state import Offer, innermost, state_of
 
 Function = Callable[..., Any]
@@ -122,7 +123,7 @@ class Seam(NamedTuple):
     static: bool = False
 
 
-SEAMS = (
+_ALL = (
     Seam(GenerationMixin, "_prepare_cache_for_generation", _prepare_cache),
     Seam(GenerationMixin, "_sample", _sample),
     Seam(GenerationMixin, "_valid_auto_compile_criteria", _criteria),
@@ -131,6 +132,8 @@ SEAMS = (
     Seam(GenerationMixin, "_optimize_model_for_decode", _optimize),
     *([Seam(utils.DeferredStopCheck, "is_supported", _deferred, static=True)] if DEFERS else []),
 )
+# Of a release that is too old some may be missing; the others count why its calls are eager.
+SEAMS = tuple(seam for seam in _ALL if hasattr(seam.owner, seam.name) or not is_old())
 _installed: dict[Seam, tuple[Function, Function]] = {}
 
 

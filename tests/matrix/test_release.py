@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import FAMILIES, LINEAR, PROMPT, USUAL, build, forward, generate, linear_layers
+from packaging.version import Version
 from tolerances import FLOAT32_MODEL, relative_rms
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
@@ -176,3 +178,16 @@ def test_lifecycle(family: str) -> None:
     qf.patch()
     assert torch.equal(generate(model, NEW), expected)
     assert qf.status(model).fast_steps == LINEAR * (NEW - 1)
+
+
+def test_cuda_graph_where_nothing_can_be_captured() -> None:
+    """It is no error, and `status` says why: a release that is too old, or a CPU."""
+    family = FAMILIES[0]
+    expected, model = generate(build(family), NEW), build(family)
+    qf.patch(model, cuda_graph=True)
+    assert torch.equal(generate(model, NEW), expected)
+    old = Version(transformers.__version__) < Version("5.13")
+    reason = "Transformers before 5.13" if old else "the model is not on a CUDA device"
+    assert [key.partition(",")[0] for key in qf.status(model).graphs.reasons] == [reason]
+    qf.unpatch(model)
+    assert torch.equal(generate(model, NEW), expected)
