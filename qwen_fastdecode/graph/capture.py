@@ -127,8 +127,8 @@ def _counts_a_mask(func: Any, args: Any, kwargs: Any) -> bool:
     masks = [index for index in args[1] if _is_mask(index)] if func in _INDEXING else []
     if not masks or func is _aten.index.Tensor:
         return bool(masks)
-    number, accumulates = args[2], args[3] if len(args) > 3 else kwargs.get("accumulate", False)
-    alone = all(index is None or index is masks[0] for index in args[1])
+    into, number, accumulates = args[0], args[2], args[3] if len(args) > 3 else kwargs.get("accumulate", False)
+    alone = sum(index is not None for index in args[1]) == 1 and masks[0].device == into.device
     return accumulates or not alone or number.numel() != 1 or number.device.type != "cpu"
 
 

@@ -103,11 +103,13 @@ def test_reasons_that_need_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eligible.model_reason(build(), synced_ranks=False) is eligible.Eager.OLD_TRANSFORMERS
 
 
-X, MASK = torch.ones(2, 3, 4), torch.eye(2, 3) > 0
+X, MASK, TWO = torch.ones(2, 3, 4), torch.eye(2, 3) > 0, torch.tensor([True, False, True])
 COUNTED: dict[str, Callable[[], Any]] = {
     "what it picks": lambda: X[MASK],
     "many numbers": lambda: X.index_put_((MASK,), torch.ones(2, 4)),
     "a number that is added": lambda: X.index_put_((MASK,), torch.tensor(1.0), accumulate=True),
+    "twice": lambda: torch.ones(3, 3).index_put_((TWO, TWO), torch.tensor(1.0)),
+    "of another device": lambda: torch.ones(2, 3, device="meta").index_put_((MASK,), torch.tensor(1.0)),
     "beside an index": lambda: X.index_put_((MASK, torch.tensor([0, 1])), torch.tensor(1.0)),
 }
 
