@@ -113,6 +113,16 @@ def test_a_clustered_tile_that_does_not_suit_is_refused_by_name(step: dict) -> N
         Step(**step).run(CLUSTERED)
 
 
+@pytest.mark.parametrize("R", [1, 2])
+def test_where_there_are_no_clusters_a_clustered_tile_is_refused(R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is alone in its cluster, too: older GPUs do not know its instructions."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "max_programs_on", lambda device: 100)
+    monkeypatch.setattr(launch, "clusters_reason", lambda device: "clusters need compute capability 9.0")
+    with pytest.raises(ValueError, match="tile: got a clustered one, but clusters need compute"):
+        Step(R=R).run(CLUSTERED)
+
+
 def test_the_table_passes_over_clustered_tiles_that_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row(128, Tile(128, 4, clustered=True)), Row(256, Tile(128, 4, 2)), Row(10**9, Tile(64, 2))]
     monkeypatch.setattr(tiles, "tuned", lambda _: {})

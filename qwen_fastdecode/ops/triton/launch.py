@@ -85,7 +85,8 @@ def decode_triton(step: Step, recipe: Recipe, tile: Tile | None = None) -> Tenso
 
     The first step of a kind compiles, so make it before capturing a CUDA graph. Raises UnsupportedStep for what
     `check_step` refuses, and for float64 arguments, a recurrent state whose heads [DK, DV] are not contiguous, strided
-    A_log, dt_bias or cu_seqlens, and a tile narrower than a value head where a sequence may have several tokens.
+    A_log, dt_bias or cu_seqlens, a tile narrower than a value head where a sequence may have several tokens, and a
+    clustered one that does not suit the heads or the GPU.
     """
     from_sources = [*map(Tensor.data_ptr, step.sources)]
     state_pointers = [*map(Tensor.data_ptr, (*step.states, *step.weights))]
@@ -154,7 +155,7 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
     if INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
         grid = (grid[0] * cluster, 1, 1)
         return partial(_interpret, kernel[grid], numbers, layout, options, shape)
-    reason = clusters_reason(device) if cluster > 1 else None
+    reason = clusters_reason(device) if kernel is decode_value_head else None  # of one program, too: it has the barrier
     if reason is not None:
         raise UnsupportedStep(f"tile: got a clustered one, but {reason}")
     arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *numbers, layout)

@@ -59,7 +59,7 @@ def lookup(
         for table in (tuned(dtype).get(device_name), shipped(dtype).get(device_name), shipped(dtype).get(closest(arch)))
     )
     suitable = (
-        [row for row in table or () if suits(row.tile, DV, value_heads) and clusters >= row.tile.clustered]
+        [row for row in table or () if suits(row.tile, DV, value_heads) and (clusters or not row.tile.clustered)]
         for table in tables
     )
     rows = next(filter(None, suitable))
