@@ -104,7 +104,7 @@ class Call:
             return self._model(*args, **inputs)  # of a call within this one: the chunks of a prompt, for beams
         reason = self._interrupted()
         if reason is not None:
-            self._together.changed(f"that it can be captured ({reason})", self._growing.length)
+            self._together.changed(f"that it can be captured ({reason})", self._growing.length, Verdict(reason))
             return self._leave(self._model(**inputs), reason)
         if self._graph is not None:
             outputs = self._replayed(inputs)
@@ -253,7 +253,9 @@ class Call:
         assert growing is not None
         changed = self._changed(graph, inputs)
         if changed is not None:
-            self._together.changed(changed, growing.length)
+            agreed = self._together.changed(changed, growing.length, Verdict())
+            if agreed.reason is not None:
+                return self._leave(self._model(**inputs), agreed.reason, agreed.detail)
             self._drop()
             return None
         start, timed = time.perf_counter(), self._untimed

@@ -60,14 +60,14 @@ class Together:
         refused = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(answers) if reason is not None]
         return Verdict(Eager.ANOTHER_RANK, "; ".join(refused), able) if refused else Verdict(able=able)
 
-    def changed(self, what: str, at: int) -> None:
-        """Something that a graph depends on is not as it was before the step at position `at`. Raises RanksDisagree
-        where that is not so on all ranks: they would wait for this one inside their graph."""
-        if self.ranks is None:
-            return
+    def changed(self, what: str, at: int, own: Verdict) -> Verdict:
+        """Something that a graph depends on is not as it was before the step at position `at`: the verdict that all
+        ranks have come to of capturing again. Raises RanksDisagree where it is not so on all of them: they would wait
+        for this one inside their graph."""
         try:
-            exchange(self.ranks, f"cuda_graph=True, a change before position {at}", what)
+            return self.agreed(f"a change before position {at}", own)
         except RanksDisagree as error:
+            assert self.ranks is not None
             raise RanksDisagree(
                 f"{what} changed on rank {self.ranks.rank} of {self.ranks.size} before position {at}, and the other "
                 "ranks still replay the graph that this rank's collectives are a part of. Change it on every rank "

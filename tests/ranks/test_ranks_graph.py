@@ -6,6 +6,7 @@ Each rank runs all cases of a test, as starting ranks takes seconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -223,6 +224,10 @@ def _ended(model: Any, last: int, **alone: Any) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result.sequences
 
 
+def _switch_off() -> None:
+    os.environ["QWEN_FASTDECODE"] = "0"
+
+
 def _changed(rank: int, folder: Path) -> dict[str, Any]:
     ranks.TIMEOUT = 2.0
     model, found = load_ranks(folder), {}
@@ -238,6 +243,9 @@ def _changed(rank: int, folder: Path) -> dict[str, Any]:
             alone = options() if rank == 1 else {}
             found[name] = _ended(model, int(found["all"][0][0, -6]), **alone), counts(model)
         qf.patch(model, backend="torch", head_parallel="off", cuda_graph=True)  # what a rank alone can take off
+        qf.reset_counters(model)
+        found["each its own"] = said((lambda: moved(model), _switch_off)[rank]), counts(model)
+        os.environ.pop("QWEN_FASTDECODE", None)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), dist.group.WORLD)  # of the other rank's waiting
         with pytest.raises(RuntimeError) as raised:
             said((lambda: None, lambda: moved(model))[rank])
@@ -249,6 +257,7 @@ def _changed(rank: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:qwen_fastdecode, cuda_graph=True")
 def test_what_changes_during_a_call(tmp_path: Path) -> None:
     """On all ranks: another capture. On one: an error that names it, within the timeout."""
     folder, model = save(tmp_path / "model", "qwen3_5", **FOUR)
@@ -258,6 +267,9 @@ def test_what_changes_during_a_call(tmp_path: Path) -> None:
         tokens, counted = found["all"]
         assert torch.equal(tokens, expected)
         assert counted == (2, 2, STEPS - 5, {})
+        tokens, (*done, _) = found["each its own"]
+        assert torch.equal(tokens, expected)
+        assert done == [1, 1, 5]
         for name in WATCHING:
             ended, counted = found[name]
             end = expected[0, : ended.shape[1]]
@@ -265,6 +277,8 @@ def test_what_changes_during_a_call(tmp_path: Path) -> None:
             assert end[-1] == expected[0, -6]
             assert FIRST.shape[1] + 5 < len(end) < expected.shape[1]
             assert counted == (1, 1, len(end) - FIRST.shape[1] - 3, {}), name
+    assert zero["each its own"][1][-1] == {"another rank of the model goes on eagerly": 1}
+    assert one["each its own"][1][-1] == {"switched off by QWEN_FASTDECODE=0": 1}
     kind, text = one["alone"]
     assert kind == "RanksDisagree"
     assert text.startswith("the place of a weight or buffer changed on rank 1 of 2 before position 13")
