@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer.plan import plan_of
+from ..layer.plan import plan_of, recorded_steps
 from ..switch import switched_off
 from ..upstream.protocols import CausalLM, ModelCache
 from . import eligible
@@ -208,18 +208,16 @@ class Call:
         assert growing is not None
         norms = Norms(self._model, self._batch)
         python, values = PythonState(self._model), growing.python_values()
-        tally = Tally(self._model)
         try:
-            graph = Graph(self._state.pool(self._model.device), norms.stood_in_for(self._model), inputs)
+            with recorded_steps() as steps:
+                graph = Graph(self._state.pool(self._model.device), norms.stood_in_for(self._model), inputs)
         except Exception as error:  # whatever a forward may raise: the eager step raises it again if it is not ours
             python.put_back()
-            tally.recorded()
             self._state.failures += 1
             return Verdict(Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
         self._state.failures = 0
-        self._graph, self._tally = graph, tally
+        self._graph, self._tally = graph, Tally(steps)
         growing.hold_debts()
-        tally.recorded()
         changed = python.put_back()
         if changed is not None or values != growing.python_values():
             return Verdict(Eager.SIDE_EFFECT, changed or "the cache")

@@ -81,7 +81,7 @@ def _decode(plan: Plan, layer: GatedDeltaNet, hidden_states: Tensor, call: Call)
     except UnsupportedStep as error:
         plan.unsupported = str(error)
         return Reason.UNSUPPORTED_STEP
-    plan.count_fast_step(split=step.splits_heads, deferred=step.defers)
+    plan.count_fast_steps(split=step.splits_heads, deferred=step.defers)
     return out
 
 

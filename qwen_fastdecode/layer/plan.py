@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,32 @@ from .install import original_forward
 _PACKAGES = ("transformers", "fla", "causal_conv1d", "kernels")
 Strategy = FullStep | SplitStep | DeferredStep
 _counting = threading.Lock()
+
+
+class Recorded(NamedTuple):
+    """A layer's fast step in a step that was recorded: counted when it is replayed, how often it may be."""
+
+    plan: Plan
+    split: bool
+    deferred: bool
+
+
+class _Recording(threading.local):
+    steps: list[Recorded] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded_steps() -> Iterator[list[Recorded]]:
+    """Fast steps of this thread are noted in the list, and not counted: nothing runs. Those of other threads do."""
+    noted: list[Recorded] = []
+    _recording.steps = noted
+    try:
+        yield noted
+    finally:
+        _recording.steps = None
 
 
 def _renew_lock() -> None:
@@ -103,11 +131,15 @@ class Plan:
         """Whether the layer, and upstream's functions, are still what the plan was made from."""
         return self.is_of(layer) and self.lookups.find_the_same()
 
-    def count_fast_step(self, *, split: bool, deferred: bool) -> None:
+    def count_fast_steps(self, count: int = 1, *, split: bool, deferred: bool) -> None:
+        """Counts steps that have run, or notes one that is recorded."""
+        if _recording.steps is not None:
+            _recording.steps.append(Recorded(self, split, deferred))
+            return
         with _counting:
-            self.fast_steps += 1
-            self.split_steps += split
-            self.deferred_steps += deferred
+            self.fast_steps += count
+            self.split_steps += count * split
+            self.deferred_steps += count * deferred
 
     def count_fallback(self, reason: Reason) -> None:
         with _counting:

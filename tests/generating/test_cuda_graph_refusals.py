@@ -364,6 +364,8 @@ def test_threads_with_the_same_model() -> None:
         thread.join()
     assert all(torch.equal(found[i], expected[i]) for i in range(3))
     assert graph.describe(model).captures == 3
+    # What one thread records is not what another one counts meanwhile.
+    assert {layer.fast_steps for layer in qf.status(model).layers} == {3 * 15}
 
 
 def test_experts_keep_grouped_mm_in_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
