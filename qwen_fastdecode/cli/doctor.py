@@ -168,11 +168,9 @@ def _serving(device: torch.device) -> Serving:
 
 def _few_sequences(device: torch.device) -> str:
     """What a GPU that has clusters does without them at small batches."""
-    from ..ops.triton.clusters import OLDEST, launcher_reason
+    from ..ops.triton.clusters import device_reason, launcher_reason
 
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < OLDEST:
-        return ""
-    reason = launcher_reason()
+    reason = None if device_reason(device) else launcher_reason()
     return f"; triton: slower than it could be at batch 1 to 8, as {reason}" if reason else ""
 
 

@@ -81,7 +81,7 @@ def candidates(device: torch.device, batch: int, heads: Heads) -> list[Tile]:
     from ..ops.triton.clusters import clusters_reason
     from ..ops.triton.launch import table_tile
 
-    clustered = device.type == "cuda" and clusters_reason(device) is None and heads.R <= tiles.CLUSTER
+    clustered = clusters_reason(device) is None and heads.R <= tiles.CLUSTER
     shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
     return list(dict.fromkeys([shipped, *tiles.candidates(heads.D, clustered)]))
 
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device, heads = read_device(args.device), read_heads(args)
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<43}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         total = sum(len(candidates(device, batch, heads)) for batch in BATCHES)
         task, done = progress.add_task("", total=total), iter(range(total))

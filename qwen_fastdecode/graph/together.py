@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import RanksDisagree
@@ -34,10 +35,13 @@ class Verdict(NamedTuple):
 
 def ranks_of_model(model: nn.Module) -> Ranks | None:
     """The ranks over which upstream's style shards a model's gated DeltaNet layers; None for a model of one process,
-    or one whose layers are not sharded alike."""
-    layers = [(module, upstream_of(type(module))) for module in model.modules()]
-    families = [(module, FAMILIES[upstream.family]) for module, upstream in layers if upstream is not None]
-    found = {ranks_of(module, family.projections) for module, family in families}
+    or one whose layers are not sharded alike. Asked at every call of `generate`."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    modules = [*model.modules()]
+    upstreams = {kind: upstream_of(kind) for kind in {*map(type, modules)}}
+    layers = [(module, upstream) for module in modules if (upstream := upstreams[type(module)]) is not None]
+    found = {ranks_of(module, FAMILIES[upstream.family].projections) for module, upstream in layers}
     return found.pop() if len(found) == 1 else None
 
 

@@ -19,12 +19,19 @@ OLDEST = (9, 0)  # compute capability with clusters
 
 
 def clusters_reason(device: torch.device) -> str | None:
-    """Why programs cannot be launched in clusters on a CUDA device; None if they can."""
+    """Why programs cannot be launched in clusters on a device; None if they can."""
+    return device_reason(device) or launcher_reason()
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why a device has no clusters; None if it has."""
+    if device.type != "cuda":
+        return f"a device {device.type!r} has no clusters"
     if torch.version.hip is not None:
         return "AMD's GPUs have no clusters"
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"clusters need compute capability {OLDEST[0]}.{OLDEST[1]}"
-    return launcher_reason()
+    return None
 
 
 @cache
