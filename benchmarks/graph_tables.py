@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.markdown import table
-from benchmarks.tables import MODELS, Rows, load, machine, times
+from benchmarks.tables import MODELS, Cells, Rows, load, machine, times
 
 SIDES = {"unpatched": "Transformers", "patched": "patched", "captured": "patched, cuda_graph=True"}
 
@@ -40,21 +42,25 @@ def graph_memory() -> str:
 def captured_ranks() -> str:
     """Captured steps on two tensor-parallel ranks."""
     data = load("captured ranks", "tp-graph.json")
-    # A token is there when the slower rank has it.
+    of = data["machine"]
+    return f"{ranks_table(data['results'])}\n\nTwo of {machine(of)}; dense, 32 layers, bfloat16; code of {of['date']}."
+
+
+def ranks_table(rows: Rows) -> str:
+    """ms a token of each side, of `gpu_tp_graph`'s rows: a token is there when the slower rank has it."""
     ms = {
-        (row["speed"], row["batch"]): max(rank["ms"] for rank in row["ranks"])
-        for row in data["results"]
+        (row["speed"], row["batch"]): max(rank.get("ms", math.nan) for rank in row["ranks"])
+        for row in rows
         if "speed" in row
     }
     batches = sorted({batch for _, batch in ms})
-    lines = []
-    for side, words in SIDES.items():
-        cells = (
-            f"{ms[side, batch]:.1f}"
-            + ("" if side == "unpatched" else f" ({times(ms['unpatched', batch] / ms[side, batch])})")
-            for batch in batches
-        )
-        lines.append([words, *cells])
-    of = data["machine"]
-    head = ["ms a token (less is better)", *(f"batch {batch}" for batch in batches)]
-    return f"{table(head, lines)}\n\nTwo of {machine(of)}; dense, 32 layers, bfloat16; code of {of['date']}."
+    lines = [[words, *(_beside(ms, side, batch) for batch in batches)] for side, words in SIDES.items()]
+    return table(["ms a token (less is better)", *(f"batch {batch}" for batch in batches)], lines)
+
+
+def _beside(ms: Cells, side: str, batch: int) -> str:
+    """Of one side, and how many times as fast as the first that is."""
+    if (side, batch) not in ms:
+        return ""
+    ratio = "" if side == "unpatched" else f" ({times(ms['unpatched', batch] / ms[side, batch])})"
+    return f"{ms[side, batch]:.1f}{ratio}"

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def shapes(tiny: bool) -> tuple[ModelShape, ...]:
 def side_of(name: str, model: Any) -> AbstractContextManager[Any]:
     """The patch with this head_parallel, or nothing."""
     return nullcontext() if name == "unpatched" else qwen_fastdecode.patched(model, head_parallel=name)
+
+
+def join(tiny: bool, seconds: float = 600) -> None:
+    """This process becomes a rank: by NCCL on a GPU of its own, or by gloo on the CPU. Collectives wait so long."""
+    if tiny:
+        dist.init_process_group("gloo")
+        return
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=seconds))
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
@@ -198,11 +209,7 @@ def main() -> int:
     parser.add_argument("--no-speed", action="store_true", help="only whether every side is right")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    if arguments.dry_run:
-        dist.init_process_group("gloo")
-    else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    join(arguments.dry_run)
     try:
         with torch.no_grad():
             return 0 if run(arguments.out, arguments.dry_run, deadline, not arguments.no_speed) else 1

@@ -18,26 +18,25 @@ import tempfile
 import threading
 import time
 import timeit
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 import qwen_fastdecode
 from benchmarks.checks.gpu_report import Notebook, machine
-from benchmarks.markdown import table
+from benchmarks.graph_tables import ranks_table
 from benchmarks.models.gpu_graph import same_bits
 from benchmarks.models.gpu_models import ModelShape, build, dense
-from benchmarks.ranks.gpu_tp import load, prompt, shapes
+from benchmarks.ranks.disturbed import At, failing, moved, steps_of
+from benchmarks.ranks.gpu_tp import join, load, prompt, shapes
 from qwen_fastdecode import graph
 from qwen_fastdecode.cli.compare.generation import generate
-from qwen_fastdecode.graph import caches, capture
 from qwen_fastdecode.graph.fingerprint import Fingerprint
 from qwen_fastdecode.graph.together import Together, Verdict, ranks_of_model
 from qwen_fastdecode.steps import ranks
@@ -49,18 +48,6 @@ SPEED_BATCHES, ROUNDS = (1, 8, 32), 2
 SIDES = {"unpatched": 10, "patched": 14, "captured": 48}
 ALONE, WAIT = 1, 5.0  # the rank that does something alone; seconds that it waits for the others then
 Row = dict[str, Any]
-
-
-class At(StoppingCriteria):
-    """Does something once, when the text has a length; it never stops."""
-
-    def __init__(self, length: int, does: Callable[[], None]):
-        self.length, self.does = length, does
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if input_ids.shape[1] == self.length:
-            self.does()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def text(model: Any, batch: int, steps: int, does: tuple[int, Callable[[], None]] | None = None) -> Tensor:
@@ -83,49 +70,6 @@ def counted(model: Any) -> Row:
 def captured(head_parallel: Any = "auto") -> Callable[[Any], AbstractContextManager[Any]]:
     """The patch with graphs."""
     return lambda model: qwen_fastdecode.patched(model, cuda_graph=True, head_parallel=head_parallel)
-
-
-@contextmanager
-def steps_of(positions: int) -> Iterator[None]:
-    """Static layers that are as short as that, and grow often."""
-    kept, caches.STEP = caches.STEP, positions
-    try:
-        yield
-    finally:
-        caches.STEP = kept
-
-
-@contextmanager
-def failing(model: Any, own: bool) -> Iterator[None]:
-    """On this rank, if `own`, recording runs out of memory in the middle of a step."""
-
-    def out_of_memory(module: Any, args: Any) -> None:
-        raise torch.OutOfMemoryError("as if")
-
-    class Failing(capture.CudaRecorder):
-        def record(self, step: Callable[[], Any]) -> Any:
-            hook = model.model.layers[-1].register_forward_pre_hook(out_of_memory)
-            try:
-                return super().record(step)
-            finally:
-                hook.remove()
-
-    kept = capture.recorder
-    if own:
-        capture.recorder = Failing
-    try:
-        yield
-    finally:
-        capture.recorder = kept
-
-
-def moved(model: Any) -> None:
-    """A weight of this rank lies elsewhere."""
-    weight = model.model.layers[0].linear_attn.out_proj.weight
-    if hasattr(weight, "_local_tensor"):
-        weight._local_tensor = weight._local_tensor.clone()
-    else:  # before DTensors
-        weight.data = weight.data.clone()
 
 
 class Bench:
@@ -367,17 +311,7 @@ def report(rows: list[Row], out: str) -> str:
     passed = f"{sum(row['passed'] for row in checks)} of {len(checks)} checks passed."
     lines = ["; ".join(f"{name} {value}" for name, value in machine().items()), passed]
     lines += [f"- FAILED: {row}" for row in rows if not row["passed"]]
-    times = {
-        (row["batch"], row["speed"]): max(rank.get("ms", float("nan")) for rank in row["ranks"])
-        for row in rows
-        if "speed" in row
-    }
-    batches = sorted({batch for batch, _ in times})
-    cells = [
-        (side, *(f"{times[batch, side]:.2f}" if (batch, side) in times else "" for batch in batches)) for side in SIDES
-    ]
-    if batches:
-        lines.append(table(("ms a token, the slower rank", *(f"batch {batch}" for batch in batches)), cells))
+    lines += [ranks_table(rows)] * any("speed" in row for row in rows)
     said = "\n\n".join(["## Captured steps on tensor-parallel ranks", *lines]) + "\n"
     (Path(out) / "results.md").write_text(said)
     return said
@@ -424,12 +358,7 @@ def main() -> int:
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(arguments.seconds + 30, exit=True)
     deadline = time.monotonic() + arguments.seconds
-    if arguments.dry_run:
-        dist.init_process_group("gloo")
-    else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=100))
+    join(arguments.dry_run, seconds=100)
     with torch.no_grad():
         run(arguments.out, arguments.dry_run, deadline, not arguments.no_speed)
     return 1

@@ -9,7 +9,7 @@ caches.py       Transformers' dynamic cache made into one with fixed addresses t
 capture.py      the CUDA graph, its memory, its static inputs and outputs
 norms.py        plain RMSNorms of a step that is recorded: one kernel each, with upstream's bits
 fingerprint.py  what must be as it was when a graph was captured
-tally.py        replayed layer-steps count as fast steps
+held.py         a graph that a call holds: whether it still may be replayed, and what its replays count
 eligible.py     why a call stays eager, asked before anything is done
 reasons.py      the names of those reasons
 """

@@ -26,11 +26,11 @@ from ..upstream.protocols import CausalLM, ModelCache
 from . import eligible
 from .caches import GrowingCache, fits, free_bytes, reviewed, total_bytes
 from .capture import Graph, tensors_in, wait
-from .fingerprint import Fingerprint, PythonState, switches
+from .fingerprint import PythonState
+from .held import Held
 from .norms import Norms
 from .reasons import Eager
 from .state import GIVE_UP_AFTER, State
-from .tally import Tally
 from .together import Together, Verdict, ranks_of_model
 
 MOST_CAPTURES = 24  # of one call: a cache that grows to a million positions has needed 19
@@ -56,8 +56,7 @@ class Call:
         self._together = Together(ranks_of_model(model))
         self._begun = False
         self._growing: GrowingCache | None = None
-        self._graph: Graph | None = None
-        self._tally: Tally | None = None
+        self._held: Held | None = None
         self._warm = False
         self._captures = 0
         self._eager_ms = 0.0
@@ -106,8 +105,8 @@ class Call:
         if reason is not None:
             self._together.changed(f"that it can be captured ({reason})", self._growing.length, Verdict(reason))
             return self._leave(self._model(**inputs), reason)
-        if self._graph is not None:
-            outputs = self._replayed(inputs)
+        if self._held is not None:
+            outputs = self._replayed(self._held, inputs)
             if outputs is not None:
                 return outputs
         return self._captured(inputs) if self._warm else self._first(inputs)
@@ -127,8 +126,8 @@ class Call:
 
     def settle(self) -> None:
         """Brings the layers' counters up to date."""
-        if self._tally is not None:
-            self._tally.settle()
+        if self._held is not None:
+            self._held.settle()
 
     def _refusal(self, given: dict[str, Any]) -> Eager | None:
         offer = self._offer
@@ -187,13 +186,13 @@ class Call:
         agreed = self._together.agreed(f"a capture at position {growing.length}", own._replace(able=room))
         if agreed.reason is not None:
             return self._leave(self._model(**inputs), agreed.reason, agreed.detail)
-        graph = self._graph
-        assert graph is not None
+        held = self._held
+        assert held is not None
         self._state.add(captures=1)
         self._untimed = True
         if not agreed.able:
-            return self._advanced(self._counted(graph.replay(inputs)))
-        outputs, distance = self._compared(graph, inputs)
+            return self._advanced(self._counted(held, inputs))
+        outputs, distance = self._compared(held.graph, inputs)
         own = Verdict()
         if not distance <= DISTANCE.get(self._model.dtype, 0.0):
             own = Verdict(Eager.DIFFERS, f"by {distance:.2g}, relatively")
@@ -216,13 +215,12 @@ class Call:
             self._state.failures += 1
             return Verdict(Eager.CAPTURE_FAILED, f"{type(error).__name__}: {error}")
         self._state.failures = 0
-        self._graph, self._tally = graph, Tally(steps)
         growing.hold_debts()
         changed = python.put_back()
+        self._held = Held(self._model, growing, graph, steps)
         if changed is not None or values != growing.python_values():
             return Verdict(Eager.SIDE_EFFECT, changed or "the cache")
         self._state.norms = norms
-        self._fingerprint = Fingerprint(self._model), growing.addresses(), switches()
         return Verdict()
 
     def _compared(self, graph: Graph, inputs: dict[str, Any]) -> tuple[Any, float]:
@@ -244,12 +242,11 @@ class Call:
         self._state.worst = max(self._state.worst, distance)
         return outputs, distance
 
-    def _replayed(self, inputs: dict[str, Any]) -> Any | None:
+    def _replayed(self, held: Held, inputs: dict[str, Any]) -> Any | None:
         """The outputs of a replay; None where something has changed, and the step is still to be made."""
-        graph, growing = self._graph, self._growing
-        assert graph is not None
+        growing = self._growing
         assert growing is not None
-        changed = self._changed(graph, inputs)
+        changed = held.changed(inputs)
         if changed is not None:
             agreed = self._together.changed(changed, growing.length, Verdict())
             if agreed.reason is not None:
@@ -257,7 +254,7 @@ class Call:
             self._drop()
             return None
         start, timed = time.perf_counter(), self._untimed
-        outputs = self._counted(graph.replay(inputs))
+        outputs = self._counted(held, inputs)
         if timed:
             self._untimed = False
             wait(self._model.device)
@@ -268,23 +265,10 @@ class Call:
                 return self._leave(outputs, agreed.reason, agreed.detail)
         return self._advanced(outputs)
 
-    def _changed(self, graph: Graph, inputs: dict[str, Any]) -> str | None:
-        """What the graph depends on and is no longer as it was; None where it still holds."""
-        growing = self._growing
-        assert growing is not None
-        fingerprint, addresses, chosen = self._fingerprint
-        if not fingerprint.holds():
-            return fingerprint.difference()
-        if addresses != growing.addresses():
-            return "the place of a state in the cache"
-        if chosen != switches():
-            return "a setting of PyTorch"
-        return None if graph.takes(inputs) else "the kind of an input"
-
-    def _counted(self, outputs: Any) -> Any:
+    def _counted(self, held: Held, inputs: dict[str, Any]) -> Any:
         """The outputs of a replay that counts."""
-        assert self._tally is not None
-        self._tally.replays += 1
+        outputs = held.graph.replay(inputs)
+        held.count()
         self._state.add(replays=1, tokens=self._batch)
         return outputs
 
@@ -326,12 +310,9 @@ class Call:
         """The graph goes; a next one is preceded by an eager step."""
         if self._growing is not None:
             self._growing.release_debts()
-        if self._graph is not None:
-            self._graph.close()
-        if self._tally is not None:
-            self._tally.settle()
-        self._graph = self._tally = None
-        self._warm = False
+        if self._held is not None:
+            self._held.close()
+        self._held, self._warm = None, False
 
 
 _warned: weakref.WeakKeyDictionary[State, set[Eager]] = weakref.WeakKeyDictionary()

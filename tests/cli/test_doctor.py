@@ -18,6 +18,7 @@ from qwen_fastdecode.cli.main import main
 from qwen_fastdecode.layer import review as guard
 from qwen_fastdecode.ops import backends
 from qwen_fastdecode.ops.step import Recipe, Step
+from qwen_fastdecode.ops.triton import clusters
 from qwen_fastdecode.upstream import seams
 from qwen_fastdecode.upstream.seams import Seam, load_seams, tomllib, upstream_classes
 
@@ -54,6 +55,19 @@ def test_all_is_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     checked = {(row[1], row[2], row[5]) for row in rows if len(row) == 6}
     assert checked == {(name, dtype, "right") for name in ("torch", "triton") for dtype in ("float32", "bfloat16")}
     assert "it runs in its interpreter" in before
+
+
+def test_a_gpu_with_clusters_under_a_triton_that_is_not_known_for_them_is_said_to_be_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert doctor._few_sequences(torch.device("cpu")) == ""
+    monkeypatch.setattr(clusters, "device_reason", lambda _: None)
+    assert doctor._few_sequences(torch.device("cuda")) == ""
+    reason = "the launcher of Triton 9.9 was not reviewed"
+    monkeypatch.setattr(clusters, "launcher_reason", lambda: reason)
+    assert doctor._few_sequences(torch.device("cuda")).endswith(f"slower than it could be at batch 1 to 8, as {reason}")
+    monkeypatch.setattr(clusters, "device_reason", lambda _: "no clusters")
+    assert doctor._few_sequences(torch.device("cuda")) == ""
 
 
 def test_verified_code_is_a_warning_with_the_entry_to_add(
