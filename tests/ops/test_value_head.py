@@ -62,7 +62,7 @@ def test_head_range(heads: tuple[int, int], alone: bool) -> None:
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
 def test_the_same_bits_as_with_a_program_a_key_head(state_dtype: torch.dtype) -> None:
     """Of the taps in any case; here of all, as the interpreter adds in the same order."""
-    clustered, other = (Step(R=3, B=3, state_dtype=state_dtype) for _ in range(2))
+    clustered, other = (Step(R=3, B=3, dtype=F32, state_dtype=state_dtype) for _ in range(2))
     assert torch.equal(clustered.run(CLUSTERED), other.run(Tile(16, 4)))
     assert torch.equal(clustered.conv_state, other.conv_state)
     assert torch.equal(clustered.recurrent_state, other.recurrent_state)
