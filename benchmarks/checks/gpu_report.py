@@ -26,7 +26,8 @@ OURS = ("torch", "triton", "transformers")
 SAME = ("device", "torch", "triton", "transformers", "flash-linear-attention", "kernel")  # in all rows of a file
 # By their hash, as a copy of the tree may come without its history.
 KERNELS = [
-    Path(triton_kernel.__file__).with_name(name) for name in ("kernel.py", "value_head.py", "parts.py", "tiles.toml")
+    Path(triton_kernel.__file__).with_name(name)
+    for name in ("kernel.py", "value_head.py", "parts.py", "barrier.py", "tiles.toml")
 ]
 PEERS = ("flash-linear-attention", "causal-conv1d", "vllm", "sglang", "flashinfer-python")
 

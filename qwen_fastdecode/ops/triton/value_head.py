@@ -11,6 +11,7 @@ In the interpreter programs run one after the other, and the last of a key head 
 import triton
 import triton.language as tl
 
+from . import barrier
 from .parts import (
     activation,
     before_range,
@@ -25,37 +26,6 @@ from .parts import (
     store_taps,
     unit_qk,
 )
-
-
-@triton.jit
-def _arrive(L: tl.constexpr):
-    """Says that this program has read the taps; traps where it was not launched in a cluster of R.
-
-    The barrier of a cluster is passed by all threads of all its programs. A release: what they read, they have read.
-    """
-    if L.nvidia:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %other; .reg .b32 %size; mov.u32 %size, %cluster_nctaid.x; setp.ne.u32 %other, %size, $1; "
-            "@%other trap; barrier.cluster.arrive.release.aligned; mov.b32 $0, 0; }",
-            "=r,r",
-            [tl.full([], L.R, tl.int32)],
-            tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.debug_barrier()
-
-
-@triton.jit
-def _wait(L: tl.constexpr):
-    """Waits until all programs of the cluster have arrived."""
-    if L.nvidia:
-        tl.inline_asm_elementwise(
-            "barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1
-        )
-    else:
-        tl.debug_barrier()
 
 
 @triton.jit(
@@ -145,13 +115,13 @@ def decode_value_head(
     gate *= load(norm_weight + columns, column_mask)
     q_unit, k_unit, dot = unit_qk(qk_conv, which, L.scale)
     # A block of taps is held by several threads at once, and q's and k's by several programs.
-    _arrive(L)
+    barrier.arrive(L.R, L.nvidia)
     S, o = delta_rule(S, q_unit, k_unit, v_conv, dot, beta, decay, L)
     store_state(S_pointer, S, rows, words, L)
     y = o * gate * tl.rsqrt(tl.sum(o * o, 0) / L.DV + L.eps)
     y_pointer = out + i * (L.key_heads * L.R * L.DV) + (hv - L.first_key_head * L.R) * L.DV + columns
     tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)
-    _wait(L)
+    barrier.wait(L.nvidia)
     store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
     if r == L.R - 1:
         store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
