@@ -23,6 +23,7 @@ from qwen_fastdecode.ops.ring import kind_of, new_ring
 from qwen_fastdecode.ops.step import Recipe, Step
 from qwen_fastdecode.ops.triton import deferred_launch, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton.deferred_launch import FLOAT32, DeferredTile
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -68,13 +69,13 @@ def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float3
     return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)
 
 
-def compile_deferred(arch: str) -> Any:
+def compile_deferred(arch: str, tile: DeferredTile) -> Any:
     """The kernel that writes float32 states every N-th step."""
     pretend(arch)
     tensors = arguments(1)
     step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
-    ring = new_ring(step.states.recurrent, HK, deferred_launch.FLOAT32.N)
-    _, rest, options = deferred_launch.describe(step, recipe, kind_of(ring), None, max_programs=10**6)
+    ring = new_ring(step.states.recurrent, HK, FLOAT32.N)
+    _, rest, options, _ = deferred_launch.describe(step, recipe, kind_of(ring), tile, max_programs=10**6)
     deferred_launch.decode_deferred.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     return deferred_launch.decode_deferred.warmup(*tensors, *ring, out, *rest, grid=(1,), **options)
@@ -151,9 +152,10 @@ def rows(arch: str) -> list[dict[str, Any]]:
             launcher = {"launcher": compiled.packed_metadata} if tile.clustered else {}
             found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled), **launcher})
     if arch in KINDS.values():  # the only ones that its tile was measured on
-        tile = Tile(D, deferred_launch.FLOAT32.tile.num_warps, 1, deferred_launch.FLOAT32.tile.max_registers)
-        of = {"arch": arch, "state": "float32", "work": "deferred", **tile._asdict()}
-        found.append({**of, **read(compile_deferred(arch))})
+        for work, tile in {"deferred": FLOAT32.tile, "deferred, few": FLOAT32.few}.items():
+            shape = Tile(D, tile.num_warps, 1, tile.max_registers, tile.clustered)
+            compiled = compile_deferred(arch, tile)
+            found.append({"arch": arch, "state": "float32", "work": work, **shape._asdict(), **read(compiled)})
     return found
 
 

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from test_triton_ownership import Trace, one_item_a_program, trace
 from tolerances import FLOAT32, relative_rms
 from torch import Tensor
 from triton_step import Step, as_op, limit
 
 from qwen_fastdecode.errors import UnsupportedStep
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.ops.ring import Ring, advance, decode_deferred_torch, forget, new_ring, pending, settle
+from qwen_fastdecode.ops.ring import (
+    Ring,
+    advance,
+    decode_deferred_torch,
+    forget,
+    new_ring,
+    pending,
+    settle,
+    weights_of,
+)
 from qwen_fastdecode.ops.torch_cpu import decode_torch
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
 from qwen_fastdecode.ops.triton.launch import decode_triton
 
+__all__ = ["one_item_a_program", "trace"]  # fixtures
+
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 Decode = Callable[..., Tensor]
+TILES = {
+    "a key head": DeferredTile(4, 4),
+    "a key head, its states asked for first": DeferredTile(4, 1, prefetch=True),
+    "a value head": DeferredTile(4, 4, prefetch=True, clustered=True),
+}
 
 
 class Run:
@@ -42,9 +60,14 @@ class Run:
         for x in tensors[:6]:
             x.copy_(torch.randn(x.shape, generator=self.generator))
         self.expected = decode_reference(*as_op([*tensors[:6], self.law_taps, self.law, *tensors[8:]], options))
-        y = self.decode(*as_op(tensors, options), self.ring)
+        self.y = self.decode(*as_op(tensors, options), self.ring)
         assert torch.equal(self.step.conv_state, self.law_taps)
-        return relative_rms(y, self.expected)
+        return relative_rms(self.y, self.expected)
+
+    def left(self) -> list[Tensor]:
+        """The states, and of the ring what the cursor counts."""
+        count, _ = pending(self.ring)
+        return [self.step.recurrent_state, self.step.conv_state, self.ring.cursor, *weights_of(self.ring, count)]
 
     def state_error(self, settle_states: Callable[[Tensor, Ring], None] = settle_triton) -> float:
         settle_states(self.step.recurrent_state, self.ring)
@@ -66,6 +89,7 @@ def test_every_ring_at_every_cursor(N: int) -> None:
     "sizes",
     [
         {"B": 5, "HK": 3, "R": 1},  # more items than programs
+        {"B": 3, "HK": 3, "R": 2},  # more than clusters
         {"R": 3, "grouped": False},
         {"R": 4, "gate": "sigmoid", "beta_scale": 2.0},
         {"DK": 24, "DV": 40},  # no powers of two: the blocks are masked
@@ -73,11 +97,72 @@ def test_every_ring_at_every_cursor(N: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tile", [DeferredTile(4, 4), DeferredTile(4, 1, prefetch=True)], ids=["parts", "prefetch"])
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_sizes(sizes: dict, tile: DeferredTile) -> None:
     run = Run(4, lambda *step: decode_deferred_triton(*step, tile), **sizes)
     assert max(run.token() for _ in range(10)) <= FLOAT32
     assert run.state_error() <= FLOAT32
+
+
+@pytest.mark.parametrize("dtypes", [{}, {"state_dtype": BF16}], ids=str)
+def test_a_program_a_value_head_gives_the_same_bits(dtypes: dict) -> None:
+    """Over two folds of every head."""
+    runs = [
+        Run(4, partial(decode_deferred_triton, tile=TILES[name]), R=3, B=3, together=2, layer=1, **dtypes)
+        for name in ("a key head", "a value head")
+    ]
+    for _ in range(9):
+        outs = []
+        for run in runs:
+            run.token()
+            outs.append(run.y)
+        assert torch.equal(*outs)
+    for ours, theirs in zip(*(run.left() for run in runs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("one_item_a_program")
+@pytest.mark.parametrize("steps_before", [0, 2, 3])  # nothing waits, some do, and a third of the heads folds
+def test_what_programs_of_a_key_head_share_is_changed_by_one_of_them_after_all_have_read_it(
+    steps_before: int, trace: Trace
+) -> None:
+    run = Run(3, partial(decode_deferred_triton, tile=TILES["a value head"]), R=2, B=3, margin=4)
+    for _ in range(steps_before):
+        run.token()
+    for touched in (trace.reads, trace.writes):
+        touched.clear()
+    trace.barriers.clear()
+    last_read: dict[tuple, dict[int, int]] = {}  # of a program and an address: barriers passed by then
+    first_written: dict[tuple, dict[int, int]] = {}
+    note = trace.note
+
+    def counted(kind: str, pointers, mask) -> None:
+        program, reads, writes = trace.program(), trace.reads[trace.program()], trace.writes[trace.program()]
+        seen = last_read.setdefault(program, {}), first_written.setdefault(program, {})
+        before = set(reads), set(writes)
+        reads.clear(), writes.clear()
+        note(kind, pointers, mask)
+        seen[0].update(dict.fromkeys(reads, trace.barriers[program]))
+        for address in writes:
+            seen[1].setdefault(address, trace.barriers[program])
+        reads |= before[0]
+        writes |= before[1]
+
+    trace.note = counted  # type: ignore[method-assign]
+    run.token()
+    shared = trace.shared()
+    s, ring = run.step, run.ring
+    assert s.conv_state.data_ptr() in shared  # q's taps
+    assert ring.cursor.data_ptr() in shared
+    for part in (s.recurrent_state, ring.d, ring.w):
+        inside = range(part.data_ptr(), part.data_ptr() + part.nbytes)
+        assert not any(address in inside for address in shared)
+    for program, passed in trace.barriers.items():
+        arrive, wait = passed - 1, passed  # the last two
+        assert all(n < arrive for address, n in last_read[program].items() if address in shared)
+        written = {address: n for address, n in first_written[program].items() if address in shared}
+        assert bool(written) == (program[1] % s.R == s.R - 1)
+        assert all(n == wait for n in written.values())
 
 
 @pytest.mark.parametrize("sizes", [{}, {"DK": 24, "DV": 40}, {"DV": 9}], ids=str)

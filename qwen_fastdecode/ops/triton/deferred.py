@@ -5,15 +5,17 @@ the step means is never formed (`ops.ring` has the mathematics and the ring's pa
 
     S = G * state + sum_j w_j k_j d_j^T,    S^T x = G * (state^T x) + sum_j w_j (k_j . x) d_j
 
-One program owns one key head of one sequence, as in `kernel`: its cursor, its ring, its taps. It folds what is pending
-into the state once in N steps, before it uses it, so that the fold is one pass over the state that waits for nothing.
-Programs fold at different steps, a N-th of them at each, but for the last of a launch (`ring.new_ring`).
+One program owns one key head of one sequence, as in `kernel`: its cursor, its ring, its taps. (For few sequences it has
+one value head of it, and is in a cluster with the others, as in `value_head`.) It folds what is pending into the state
+once in N steps, before it uses it, so that the fold is one pass over the state that waits for nothing. Programs fold at
+different steps, a N-th of them at each, but for the last of a launch (`ring.new_ring`).
 """
 
 import triton
 import triton.language as tl
 
 from .. import ring
+from . import barrier
 from .parts import activation, convolve_token, gates, load, load_qk, project, state_words, store_taps, unit_qk
 
 LEFT = tl.constexpr(ring.LEFT)
@@ -46,17 +48,30 @@ def load_rows(pointer, mask, left, L: tl.constexpr):
 
 
 @triton.jit
-def fold_entries(state, ring_k, ring_d, ring_w, i, hk, count, L: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """Adds the first `count` entries of the ring to the states of one key head's value heads, a part of rows at a time.
+def fold_entries(
+    state,
+    ring_k,
+    ring_d,
+    ring_w,
+    i,
+    hk,
+    first,
+    count,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Adds the first `count` entries of the ring to the states of HEADS value heads, a part of rows at a time.
 
-    `state` is that of the first of these value heads.
+    They are those of key head hk from the `first` on, whose state `state` is.
     """
     rows = tl.arange(0, L.BLOCK_K // PARTS)
     columns = tl.arange(0, L.BLOCK_V)
     ring_k += (i * L.HK + hk) * (N * L.DK)
-    for value in range(L.R):
+    for value in range(HEADS):
         r = tl.cast(value, hk.dtype)
-        head = i * (L.HK * L.R) + hk * L.R + r
+        head = i * (L.HK * L.R) + hk * L.R + first + r
         d_head = ring_d + head * (N * L.DV) + columns
         w_head = ring_w + head * (N + 1)
         G = tl.load(w_head + N)
@@ -67,8 +82,8 @@ def fold_entries(state, ring_k, ring_d, ring_w, i, hk, count, L: tl.constexpr, N
         for j in tl.static_range(N):
             ds = ds + (tl.load(d_head + j * L.DV, mask=(j < count) & (columns < L.DV), other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
             ws = ws + (tl.load(w_head + j, mask=j < count, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-        first = state + r * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
-        S_next = load(first, state_mask(rows, columns, L))
+        top = state + r * L.state_head + (rows * L.DV)[:, None] + columns[None, :]
+        S_next = load(top, state_mask(rows, columns, L))
         for part in range(PARTS):
             own = part * (L.BLOCK_K // PARTS) + rows
             pointer = state + r * L.state_head + (own * L.DV)[:, None] + columns[None, :]
@@ -137,9 +152,14 @@ def decode_deferred(
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
+    HEADS: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
-    """One token a sequence, all value heads. The state is read in whole heads, and folded in PARTS of their rows."""
+    """One token a sequence, all value heads: HEADS a program, which are all R of a key head, or one in a cluster of R.
+
+    The state is read in whole heads, and folded in PARTS of their rows.
+    """
+    CLUSTER: tl.constexpr = L.R // HEADS
     index: tl.constexpr = tl.int64 if L.wide else tl.int32  # what multiplies the strides within a token or a sequence
     which = tl.arange(0, 2)[:, None].to(index)
     rows = tl.arange(0, L.BLOCK_K)
@@ -148,17 +168,19 @@ def decode_deferred(
     cell = tl.broadcast_to(rows[None, :], [2, L.BLOCK_K]).to(index)
     qk_mask = cell < L.DK if L.BLOCK_K > L.DK else None
     column_mask = columns < L.DV if L.BLOCK_V > L.DV else None
-    program = tl.program_id(0)
+    program = tl.program_id(0) // CLUSTER
+    first = tl.cast(tl.program_id(0) % CLUSTER, index) * HEADS
     stop = items if L.strided else program + 1
-    for item in range(program, stop, tl.num_programs(0) if L.strided else 1):
+    for item in range(program, stop, tl.num_programs(0) // CLUSTER if L.strided else 1):
         i = tl.cast(item // L.HK, tl.int64)  # the sequence, and its only token
         hk = tl.cast(item % L.HK, index)
-        S_first = state + i * state_sequence + hk * (L.R * L.state_head)
+        S_first = state + i * state_sequence + (hk * L.R + first) * L.state_head
         t = tl.load(cursor + item)
+        k_head = ring_k + (i * L.HK + hk) * (N * L.DK)
         if PREFETCH:
             S = read_state(S_first, rows, 1, L)
             # All that there may be: which of them wait, the cursor will say.
-            entry = load_keys(ring_k + (i * L.HK + hk) * (N * L.DK), slots, rows, N, L)
+            entry = load_keys(k_head, slots, rows, N, L)
 
         taps = conv_state + i * conv_sequence
         qk_channel = (which * L.HK + hk) * L.DK + cell
@@ -174,28 +196,29 @@ def decode_deferred(
         count, left = read_cursor(t)
         fold = (left == 0) & (count > 0)
         if fold:
-            fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, count, L, N, PARTS)
+            fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, first, count, L, N, PARTS, HEADS)
             tl.debug_barrier()  # the state is read again, other parts of it by each thread
             if PREFETCH:
                 S = read_state(S_first, rows, 1, L)
         count = tl.where(fold, 0, count)
-        k_head = ring_k + (i * L.HK + hk) * (N * L.DK)
         waits = slots < count  # [BLOCK_N]
         waits_d = waits[:, None] & (columns < L.DV)[None, :]
         if PREFETCH:
             entry = tl.where(waits[:, None], entry, 0.0)
         else:
             entry = load_keys(k_head, slots, rows, count, L)
-        # What several threads hold, taps or cursor, none may change before all have read it.
-        tl.debug_barrier()
-        store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
-        tl.store(cursor + item, count + 1 + LEFT * (tl.where(left == 0, N, left) - 1))
+        t_next = count + 1 + LEFT * (tl.where(left == 0, N, left) - 1)
+        if CLUSTER == 1:
+            # What several threads hold, taps or cursor, none may change before all have read it.
+            tl.debug_barrier()
+            store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
+            tl.store(cursor + item, t_next)
         q_unit, k_unit, dot = unit_qk(qk_conv, which, L.scale)
-
         k_k = tl.sum(entry * k_unit[None, :], 1)
         k_q = tl.sum(entry * q_unit[None, :], 1)
-        for value in range(L.R):
-            r = tl.cast(value, index)
+        for step in range(HEADS):
+            value = tl.cast(step, index)
+            r = first + value
             hv = hk * L.R + r
             head = i * (L.HK * L.R) + hv
             d_head = ring_d + head * (N * L.DV)
@@ -223,14 +246,16 @@ def decode_deferred(
             G = tl.load(w_head + N, mask=count > 0, other=1.0)  # of a state just folded or settled: 1
             d = tl.load(d_head + slots[:, None] * L.DV + columns[None, :], mask=waits_d, other=0.0)
             if not PREFETCH:
-                S = read_state(S_first + r * L.state_head, rows, 1, L)
+                S = read_state(S_first + value * L.state_head, rows, 1, L)
             tl.debug_barrier()  # as above: taps and weights
             store_taps(taps, v_channel, conv_channel, column_mask, v0, v1, v2, v3, L)
             S_k = G * project(S, k_unit, L) + tl.sum((w * k_k)[:, None] * d, 0)
             S_q = G * project(S, q_unit, L) + tl.sum((w * k_q)[:, None] * d, 0)
             # The old state is done with: the next one comes while the rest is computed.
-            if PREFETCH:
-                S = read_state(S_first + (r + 1) * L.state_head, rows, L.R - 1 - r, L)
+            if PREFETCH and HEADS > 1:
+                S = read_state(S_first + (value + 1) * L.state_head, rows, HEADS - 1 - value, L)
+            if CLUSTER > 1:
+                barrier.arrive(CLUSTER, L.nvidia)
             delta = beta * (v_conv - decay * S_k)
             o = decay * S_q + dot * delta
             y = o * tl.rsqrt(tl.sum(o * o, 0) / L.DV + L.eps) * gate
@@ -239,7 +264,13 @@ def decode_deferred(
             tl.store(d_head + count * L.DV + columns, delta, mask=column_mask)
             y_pointer = out + head * L.DV + columns
             tl.store(y_pointer, y.to(out.dtype.element_ty), mask=column_mask)
-        tl.store(k_head + count * L.DK + rows, k_unit, mask=rows < L.DK)
+        if CLUSTER > 1:  # nor before the other programs of the key head have: one of them then changes what they share
+            barrier.wait(L.nvidia)
+            if first == L.R - 1:
+                store_taps(taps, qk_channel, conv_channel, qk_mask, qk0, qk1, qk2, qk3, L)
+                tl.store(cursor + item, t_next)
+        if first + HEADS == L.R:
+            tl.store(k_head + count * L.DK + rows, k_unit, mask=rows < L.DK)
 
 
 @triton.jit(do_not_specialize=["items"])
@@ -267,4 +298,4 @@ def settle_states(
         tl.store(cursor + item, t - count)
         if count > 0:
             S_first = state + i * state_sequence + hk * (L.R * L.state_head)
-            fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, count, L, N, PARTS)
+            fold_entries(S_first, ring_k, ring_d, ring_w, i, hk, 0, count, L, N, PARTS, L.R)

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...errors import UnsupportedStep
 from ..prepared import Prepared
 from ..ring import Kind, Ring, check_deferred, check_kind, check_ring, kind_of
-from ..step import Recipe, Step
+from ..step import Recipe, Step, StepShapes
 from . import tiles
+from .clusters import clusters_reason, in_clusters
 from .deferred import decode_deferred, settle_states
 from .launch import INTERPRETED, check_arguments, layout_of, max_programs_on, numbers_of, places_of
 from .tiles import Tile
@@ -25,6 +26,7 @@ class DeferredTile(NamedTuple):
     parts: int
     max_registers: int = 0  # as in `Tile`
     prefetch: bool = False  # ask for a head's state while the one before is finished, and for all the ring's keys
+    clustered: bool = False  # as in `Tile`
 
 
 class Tuned(NamedTuple):
@@ -34,10 +36,20 @@ class Tuned(NamedTuple):
     N: int  # entries of a ring
     least_work: int  # sequences x key heads; with fewer, two passes are faster
     together: int  # of the last programs of a launch, how many a multiprocessor fold at the same step
+    few: DeferredTile | None = None  # where there is less work than `enough`, on a GPU with clusters
+    enough: int = 0
 
 
-# Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8). Other GPUs have not been measured.
-FLOAT32 = Tuned(DeferredTile(4, 4, 168), N=8, least_work=128, together=3)
+# Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8, `few`: h100-2026-11-27-deferred-few). Other GPUs
+# have not been measured.
+FLOAT32 = Tuned(
+    DeferredTile(4, 4, 168),
+    N=8,
+    least_work=128,
+    together=3,
+    few=DeferredTile(4, 4, prefetch=True, clustered=True),
+    enough=192,
+)
 OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=256, together=8)
 
 
@@ -84,9 +96,10 @@ _Launch = Callable[[Step, Ring, list[int], list[int]], Tensor]
 class DeferredLaunch(NamedTuple):
     """What a kind of steps and rings is launched with, beside the tensors themselves."""
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # in clusters
     rest: tuple[Any, ...]  # the kernel's arguments after the tensors
     options: dict[str, Any]  # Triton's own
+    cluster: int  # programs of a cluster
 
 
 def describe(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None, max_programs: int) -> DeferredLaunch:
@@ -98,23 +111,30 @@ def describe(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None, 
     N = shapes[0][2]
     if dtypes != (*[torch.float32] * 3, torch.int32):
         raise UnsupportedStep("ring: expected float32, in which the Triton backend computes, and a cursor of int32")
-    tile = tile or tuned(step.states.recurrent.dtype).tile
-    items = s.B * s.HK
+    tile = tile or table_tile(step, s)
+    if not _suits(tile, s):
+        raise UnsupportedStep(
+            f"tile: got {tile} for {s.R} value heads of {s.DV} columns a key head, expected one that is not clustered "
+            f"where there are more than {tiles.CLUSTER} of them, or they are wider than {tiles.WIDEST_CLUSTERED}"
+        )
+    cluster = s.R if tile.clustered else 1
+    items, most = s.B * s.HK, max(max_programs // cluster, 1)
     whole = Tile(tiles.power_of_two(s.DV), tile.num_warps)
-    layout = layout_of(s, step, recipe, whole, strided=items > max_programs, pairs=True)
+    layout = layout_of(s, step, recipe, whole, strided=items > most, pairs=True)
     _, _, *strides = numbers_of(s, step, items)
     block_n, parts = 1 << (N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
-    rest = items, *strides, layout, N, block_n, parts, tile.prefetch
-    return DeferredLaunch((min(items, max_programs), 1, 1), rest, _options(tile))
+    rest = items, *strides, layout, N, block_n, parts, s.R // cluster, tile.prefetch
+    return DeferredLaunch((min(items, most), 1, 1), rest, _options(tile), cluster)
 
 
 def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
     """Checks and compiles for one kind of steps and rings; returns what launches it."""
     v, (_, dtypes, *_) = step.tokens.v, kind
     device, dtype = v.device, v.dtype
-    grid, rest, options = describe(step, recipe, kind, tile, max_programs_on(device))
+    grid, rest, options, cluster = describe(step, recipe, kind, tile, max_programs_on(device))
     shape = v.shape[0], recipe.heads[1] * v.shape[3]
-    if INTERPRETED:
+    if INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
+        grid = (grid[0] * cluster, 1, 1)
 
         def interpret(step: Step, ring: Ring, *_: Any) -> Tensor:
             out = torch.empty(shape, dtype=dtype, device=device)
@@ -122,10 +142,13 @@ def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) 
             return out
 
         return interpret
+    reason = clusters_reason(device) if cluster > 1 else None
+    if reason is not None:
+        raise UnsupportedStep(f"tile: got a clustered one, but {reason}")
     ring = [torch.empty(16, dtype=part, device=device) for part in dtypes]
     tensors = *step.tokens, *step.states, *step.weights, *ring, v.new_empty(16)
     with torch.cuda.device(device):
-        run = decode_deferred.warmup(*tensors, *rest, grid=grid, **options)[grid]
+        run = in_clusters(decode_deferred.warmup(*tensors, *rest, grid=grid, **options), cluster)[grid]
     places = places_of(step)
 
     def launch(step: Step, ring: Ring, sources: list[int], others: list[int]) -> Tensor:
@@ -169,6 +192,20 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
 def tuned(state: torch.dtype) -> Tuned:
     """What is best for states of a dtype."""
     return FLOAT32 if state == torch.float32 else OTHER
+
+
+def table_tile(step: Step, s: StepShapes) -> DeferredTile:
+    """What is best for a step."""
+    best = tuned(step.states.recurrent.dtype)
+    work = s.B * s.HK
+    if best.few is None or work >= best.enough or not _suits(best.few, s) or INTERPRETED:
+        return best.tile
+    return best.few if clusters_reason(step.tokens.v.device) is None else best.tile
+
+
+def _suits(tile: DeferredTile, s: StepShapes) -> bool:
+    """Whether value heads like these can have such a tile."""
+    return not tile.clustered or (s.R <= tiles.CLUSTER and s.DV <= tiles.WIDEST_CLUSTERED)
 
 
 def together(state: torch.dtype, device: torch.device) -> int:
