@@ -24,7 +24,9 @@ from qwen_fastdecode.ops.ring import (
     settle,
     weights_of,
 )
+from qwen_fastdecode.ops.step import check_step
 from qwen_fastdecode.ops.torch_cpu import decode_torch
+from qwen_fastdecode.ops.triton import deferred_launch
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
 from qwen_fastdecode.ops.triton.launch import decode_triton
 
@@ -267,6 +269,27 @@ def test_kernels_fold_when_the_ring_says() -> None:
         assert torch.equal(changed, folds)
 
 
+def test_the_tile_of_few_value_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as run at once; where there are no clusters, or a key head has too many of them, none."""
+    monkeypatch.setattr(deferred_launch, "INTERPRETED", False)
+    monkeypatch.setattr(deferred_launch, "multiprocessors", lambda _: 10)
+    monkeypatch.setattr(deferred_launch, "clusters_reason", lambda _: None)
+
+    def found(**sizes: object) -> DeferredTile:
+        made = Step(**sizes)
+        step, recipe = as_op(made.tensors, made.options)
+        return deferred_launch.table_tile(step, check_step(step, recipe))
+
+    assert found(B=5, HK=1, R=4) == deferred_launch.FLOAT32.few
+    assert found(B=7, HK=1, R=3) == deferred_launch.FLOAT32.tile
+    assert found(B=1, HK=1, R=8) == deferred_launch.FLOAT32.few
+    assert found(B=1, HK=1, R=9) == deferred_launch.FLOAT32.tile
+    assert found(B=1, HK=1, R=2, state_dtype=BF16) == deferred_launch.OTHER.tile
+    assert found(B=1, HK=1, R=2, DV=200) == deferred_launch.FLOAT32.tile
+    monkeypatch.setattr(deferred_launch, "clusters_reason", lambda _: "none here")
+    assert found(B=1, HK=1, R=2) == deferred_launch.FLOAT32.tile
+
+
 def test_refusals_name_the_argument() -> None:
     run = Run(4)
     step, recipe = as_op(run.step.tensors, run.step.options)
@@ -278,6 +301,11 @@ def test_refusals_name_the_argument() -> None:
         decode_deferred_triton(step, recipe, new_ring(run.step.recurrent_state, 2, 4, F64))
     with pytest.raises(ValueError, match="N: got 0, expected at least 1 and less"):
         new_ring(run.step.recurrent_state, 2, 0)
+    many = Run(4, R=9)
+    with pytest.raises(
+        UnsupportedStep, match=r"tile: got .* for 9 value heads of \d+ columns a key head, expected one"
+    ):
+        decode_deferred_triton(*as_op(many.step.tensors, many.step.options), many.ring, TILES["a value head"])
     two = Step(T=2)
     with pytest.raises(UnsupportedStep, match="q: got 4 tokens for 2 sequences, expected one each"):
         decode_deferred_triton(*as_op(two.tensors, two.options), run.ring)

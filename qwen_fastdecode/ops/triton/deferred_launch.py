@@ -36,8 +36,7 @@ class Tuned(NamedTuple):
     N: int  # entries of a ring
     least_work: int  # sequences x key heads; with fewer, two passes are faster
     together: int  # of the last programs of a launch, how many a multiprocessor fold at the same step
-    few: DeferredTile | None = None  # where there is less work than `enough`, on a GPU with clusters
-    enough: int = 0
+    few: DeferredTile | None = None  # where all value heads are worked on at once, on a GPU with clusters
 
 
 # Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8, `few`: h100-2026-11-27-deferred-few). Other GPUs
@@ -48,11 +47,9 @@ FLOAT32 = Tuned(
     least_work=128,
     together=3,
     few=DeferredTile(4, 4, prefetch=True, clustered=True),
-    enough=192,
 )
 OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=256, together=8)
-
-
+FEW = 2  # value heads a multiprocessor: so many programs of `few` fit at once
 INTERPRETED_TOGETHER = 3  # few, so that in tests others fold at their own steps
 
 
@@ -196,11 +193,11 @@ def tuned(state: torch.dtype) -> Tuned:
 
 def table_tile(step: Step, s: StepShapes) -> DeferredTile:
     """What is best for a step."""
-    best = tuned(step.states.recurrent.dtype)
-    work = s.B * s.HK
-    if best.few is None or work >= best.enough or not _suits(best.few, s) or INTERPRETED:
+    best, device = tuned(step.states.recurrent.dtype), step.tokens.v.device
+    if best.few is None or not _suits(best.few, s) or INTERPRETED or clusters_reason(device) is not None:
         return best.tile
-    return best.few if clusters_reason(step.tokens.v.device) is None else best.tile
+    value_heads = s.B * s.HV
+    return best.few if value_heads <= FEW * multiprocessors(device) else best.tile
 
 
 def _suits(tile: DeferredTile, s: StepShapes) -> bool:
@@ -212,7 +209,11 @@ def together(state: torch.dtype, device: torch.device) -> int:
     """How many of a launch's last programs fold at the same step."""
     if INTERPRETED:
         return INTERPRETED_TOGETHER
-    return tuned(state).together * torch.cuda.get_device_properties(device).multi_processor_count
+    return tuned(state).together * multiprocessors(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _options(tile: DeferredTile) -> dict[str, Any]:
