@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,7 +52,7 @@ def index() -> str:
     lines = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         files = sorted(path.name for path in folder.glob("*.json"))
-        about = [json.loads((folder / name).read_text(encoding="utf-8")).get("machine", {}) for name in files]
+        about = [_machine(json.loads((folder / name).read_text(encoding="utf-8"))) for name in files]
         facts = []
         for key in ("device", "revision", "kernel"):
             values = dict.fromkeys(_short(key, str(of[key])) for of in about if key in of)
@@ -63,6 +64,11 @@ def index() -> str:
         "# Results\n\nWritten by `make figures`; do not edit. A kernel is named by the hash of its source. What was "
         f"expected of each stands beside what came in [the notes](../NOTES.md).\n\n{table(head, lines)}\n"
     )
+
+
+def _machine(result: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of its machine; those of tries say it beside their rows."""
+    return result.get("machine") or {key: result[key] for key in ("device",) if key in result}
 
 
 def _short(key: str, value: str) -> str:

@@ -39,7 +39,7 @@ class Tuned(NamedTuple):
     few: DeferredTile | None = None  # where all value heads are worked on at once, on a GPU with clusters
 
 
-# Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8, `few`: h100-2026-11-27-deferred-few). Other GPUs
+# Measured on an H100 (benchmarks/results/h100-2026-11-26-deferred-8, `few`: h100-2026-11-27-few). Other GPUs
 # have not been measured.
 FLOAT32 = Tuned(
     DeferredTile(4, 4, 168),
