@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int = 1  # 2: the next tile is loaded while the current one is finished
     max_registers: int = 0  # a thread may use so many, so that more programs fit; 0: as many as it likes
-    clustered: bool = False  # a program a value head, those of a key head in a cluster; else a program a key head
+    clustered: bool = False  # a program a tile of a value head, a key head's in a cluster; else a program a key head
 
 
 class Row(NamedTuple):
@@ -67,8 +67,13 @@ def lookup(
 
 
 def suits(tile: Tile, DV: int, value_heads: int) -> bool:
-    """Whether a program can have such a tile: a clustered one holds a head, and a key head's programs fit a cluster."""
-    return not tile.clustered or (tile.block_v >= DV and value_heads <= CLUSTER)
+    """Whether programs can have such a tile: of a clustered one, all those of a key head's tiles fit a cluster."""
+    return not tile.clustered or value_heads * parts(tile, DV) <= CLUSTER
+
+
+def parts(tile: Tile, DV: int) -> int:
+    """How many such tiles a value head of DV columns has."""
+    return power_of_two(DV) // fit(tile, DV).block_v
 
 
 def closest(arch: str) -> str:
