@@ -128,6 +128,21 @@ def test_candidates_cover_a_head(DV: int) -> None:
     assert len(set(tiles.candidates(128))) == len(tiles.candidates(128))
 
 
-def test_candidates_are_clustered_where_there_are_clusters_and_a_head_fits() -> None:
-    assert [tile.clustered for tile in tiles.candidates(128, clustered=True)].count(True) == 1
-    assert not any(tile.clustered for tile in [*tiles.candidates(128), *tiles.candidates(256, clustered=True)])
+@pytest.mark.parametrize(
+    ("DV", "value_heads", "shapes"),
+    [
+        (128, 2, [(128, 4), (64, 2), (32, 2)]),
+        (128, 4, [(128, 4), (64, 2)]),
+        (128, 8, [(128, 4)]),
+        (128, 9, []),
+        (64, 4, [(64, 4), (64, 2), (32, 2)]),
+        (16, 1, [(16, 4), (16, 2)]),
+        (256, 1, []),
+    ],
+)
+def test_candidates_are_clustered_where_there_are_clusters_and_the_parts_of_heads_fit(
+    DV: int, value_heads: int, shapes: list[tuple[int, int]]
+) -> None:
+    found = tiles.candidates(DV, value_heads, clusters=True)
+    assert [(tile.block_v, tile.num_warps) for tile in found if tile.clustered] == shapes
+    assert [tile for tile in found if not tile.clustered] == tiles.candidates(DV, value_heads)

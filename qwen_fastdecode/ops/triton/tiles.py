@@ -94,10 +94,10 @@ def whole_head(DV: int) -> Tile:
     return Tile(power_of_two(DV), max(4, power_of_two(DV) // 16))
 
 
-def candidates(DV: int, clustered: bool = False) -> list[Tile]:
+def candidates(DV: int, value_heads: int = 1, clusters: bool = False) -> list[Tile]:
     """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers.
 
-    clustered: the GPU has clusters, and a key head's value heads fit one.
+    value_heads: of a key head. clusters: whether the GPU has them.
     """
     whole = power_of_two(DV)
     shapes = [
@@ -109,7 +109,12 @@ def candidates(DV: int, clustered: bool = False) -> list[Tile]:
         (whole // 4, 4, 96),
     ]
     found = [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
-    return [*found, Tile(whole, 4, clustered=True)] if clustered and whole <= WIDEST_CLUSTERED else found
+    if not clusters or whole > WIDEST_CLUSTERED:
+        return found
+    shared = dict.fromkeys(
+        fit(Tile(width, warps, clustered=True), DV) for width, warps in [(whole, 4), (64, 2), (32, 2)]
+    )
+    return [*found, *(tile for tile in shared if suits(tile, DV, value_heads))]
 
 
 def power_of_two(n: int) -> int:
