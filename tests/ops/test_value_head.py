@@ -261,6 +261,24 @@ def test_the_gpus_that_were_measured_have_clusters_for_eight_sequences() -> None
     assert not tiles.lookup("sm_80", "", 16, 128, "float32", 2).clustered
 
 
+@pytest.mark.parametrize(
+    ("gpu", "state", "value_heads", "widths"),  # of the tiles for work 16, 17, 32 and 33
+    [
+        *((gpu, "float32", R, (32, 32, 32, 128)) for gpu in ("", H100) for R in (1, 2)),
+        *((gpu, "float32", R, (64, 128, 128, 128)) for gpu in ("", H100) for R in (3, 4)),
+        *((gpu, "float32", R, (128, 128, 128, 128)) for gpu in ("", H100) for R in (5, 8)),
+        *((H100, "bfloat16", R, (64, 64, 64, 128)) for R in (1, 2, 3, 4)),
+        *((H100, "bfloat16", R, (128, 128, 128, 128)) for R in (5, 8)),
+    ],
+)
+def test_the_fewest_sequences_have_parts_of_heads_that_fit_a_cluster(
+    gpu: str, state: str, value_heads: int, widths: tuple[int, ...]
+) -> None:
+    found = [tiles.lookup("sm_90", gpu, work, 128, state, value_heads) for work in (16, 17, 32, 33)]
+    assert all(tile.clustered for tile in found)
+    assert tuple(tile.block_v for tile in found) == widths
+
+
 class Compiled(SimpleNamespace):
     """What is used of Triton's compiled kernels."""
 

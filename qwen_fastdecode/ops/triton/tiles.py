@@ -155,7 +155,7 @@ def cache_file() -> Path | None:
 
 
 def _by_key(key: str, state: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
-    """Those for states of one dtype. A row that names none is for float32."""
+    """Those for states of one dtype, of equal work in their order. A row that names no dtype is for float32."""
     found: dict[str, list[Row]] = {}
     for row in sorted((row for row in rows if row.get("state", "float32") == state), key=lambda row: row["max_work"]):
         found.setdefault(row[key], []).append(Row(row["max_work"], _tile(row)))
