@@ -234,6 +234,7 @@ def test_where_there_are_no_clusters_a_clustered_tile_is_refused(R: int, monkeyp
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "max_programs_on", lambda device: 100)
     monkeypatch.setattr(launch, "clusters_reason", lambda device: "clusters need compute capability 9.0")
+    launch._prepared.clear()  # of other tests' steps of this kind
     with pytest.raises(ValueError, match="tile: got a clustered one, but clusters need compute"):
         Step(R=R).run(CLUSTERED)
 
