@@ -70,8 +70,9 @@ def _tile_cases() -> Iterator[Case]:
         "split R1 bf16, fp32 state": Shape(R=1),
         "split R1 fp32, fp32 state": Shape(R=1, dtype=FP32),
     }
-    for tile in tiles.candidates(128, clustered=INTERPRETED or clusters_reason(torch.device("cuda")) is None):
-        for name, shape in kinds.items():
+    clusters = INTERPRETED or clusters_reason(torch.device("cuda")) is None
+    for name, shape in kinds.items():
+        for tile in tiles.candidates(128, shape.R, clusters):
             yield Case(f"tile {shown(tile)} {name}", _equals_reference, shape, tile)
 
 

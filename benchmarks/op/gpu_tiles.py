@@ -37,7 +37,7 @@ def measure(w: Workload, device: torch.device, bandwidth: float) -> list[dict[st
     stack = Stack(w, how_many_layers(w, device), device)
     floor = 1e6 * 2 * w.state_bytes / bandwidth
     rows = []
-    for tile in (None, *tiles.candidates(w.D, clusters_reason(device) is None)):
+    for tile in (None, *tiles.candidates(w.D, w.HV // w.HK, clusters_reason(device) is None)):
         row = {**w.label(), "tile": shown(tile), "floor_us": floor, "layers": len(stack.layers)}
         try:
             us = _time(stack, tile, device)

@@ -81,9 +81,9 @@ def candidates(device: torch.device, batch: int, heads: Heads) -> list[Tile]:
     from ..ops.triton.clusters import clusters_reason
     from ..ops.triton.launch import table_tile
 
-    clustered = clusters_reason(device) is None and heads.R <= tiles.CLUSTER
+    clusters = clusters_reason(device) is None
     shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
-    return list(dict.fromkeys([shipped, *tiles.candidates(heads.D, clustered)]))
+    return list(dict.fromkeys([shipped, *tiles.candidates(heads.D, heads.R, clusters)]))
 
 
 def save(device_name: str, heads: Heads, found: list[Measured]) -> None:

@@ -23,6 +23,7 @@ from qwen_fastdecode.ops.ring import kind_of, new_ring
 from qwen_fastdecode.ops.step import Recipe, Step
 from qwen_fastdecode.ops.triton import deferred_launch, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton.clusters import in_clusters
 from qwen_fastdecode.ops.triton.deferred_launch import FLOAT32, DeferredTile
 from qwen_fastdecode.ops.triton.tiles import Tile
 
@@ -35,11 +36,15 @@ def shipped(arch: str, state: str) -> dict[str, Tile]:
     """The tiles of the table for one architecture and dtype of states, and the one for several tokens a sequence."""
     gpus = [arch, *(gpu for gpu, built_as in KINDS.items() if built_as == arch)]
     tables = {gpu: tiles.shipped(state).get(gpu, []) for gpu in gpus}
-    found = {f"{gpu}, up to {row.max_work}": row.tile for gpu, rows in tables.items() for row in rows}
+    found = {
+        f"{gpu}, {row.tile.block_v} columns up to {row.max_work}": row.tile
+        for gpu, rows in tables.items()
+        for row in rows
+    }
     return found if state == "bfloat16" else {**found, "several tokens": tiles.whole_head(D)}
 
 
-def arguments(T: int, state: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def arguments(T: int, state: torch.dtype = torch.float32, R: int = R) -> tuple[torch.Tensor, ...]:
     """Views of qwen3_next's projections for B = 4, on the CPU: their strides and alignment are what matters."""
     B, dtype, C = 4, torch.bfloat16, 2 * HK * D + HK * R * D
     q, k, v, z = torch.empty(B * T, HK, 2 * D + 2 * R * D, dtype=dtype).split([D, D, R * D, R * D], dim=2)
@@ -58,15 +63,17 @@ def pretend(arch: str) -> None:
     torch.version.hip = arch if hip else None
 
 
-def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32) -> Any:
-    """The compiled kernel, specialised by Triton itself on the launcher's own arguments."""
+def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32, R: int = R) -> tuple[Any, int]:
+    """The compiled kernel, specialised by Triton itself on the launcher's own arguments, and its programs a cluster."""
     pretend(arch)
-    tensors = arguments(T, state)
+    tensors = arguments(T, state, R)
     step, recipe = Step.from_tensors(tensors), Recipe((0, HK * R))
-    kernel, numbers, layout, options, *_ = triton_backend.describe(step, recipe, tile, max_programs=10**6)
-    kernel.device_caches.clear()
+    found = triton_backend.describe(step, recipe, tile, max_programs=10**6)
+    found.kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
-    return kernel.warmup(*tensors, None, out, *numbers, layout, grid=(1,), **options)
+    squares = None if found.squares is None else torch.empty(found.squares)
+    compiled = found.kernel.warmup(*tensors, None, out, *found.after_out(squares), grid=(1,), **found.options)
+    return compiled, found.cluster
 
 
 def compile_deferred(arch: str, tile: DeferredTile) -> Any:
@@ -110,7 +117,10 @@ def read_nvidia(compiled: Any) -> dict[str, int]:
 
 
 def clusters(instructions: list[str]) -> dict[str, int]:
-    """Of a cluster's barrier: how often it is passed, loads after arriving at it, and stores after waiting for it."""
+    """Of a cluster's barrier: how often it is passed, loads after arriving at it, and stores after waiting for it.
+
+    Volatile loads are those of what other programs leave.
+    """
     arrive, wait = (
         [i for i, instruction in enumerate(instructions) if re.match(name, instruction)]
         for name in ("UCGABAR_ARV", "UCGABAR_WAIT")
@@ -120,6 +130,7 @@ def clusters(instructions: list[str]) -> dict[str, int]:
     return {
         "cluster barriers": len(wait),
         "loads after arriving": sum(x.startswith("LDG") for x in instructions[arrive[0] :]),
+        "volatile loads after waiting": len(re.findall(r"^LDG\S*\.STRONG", "\n".join(instructions[wait[0] :]), re.M)),
         "stores after waiting": sum(x.startswith("STG") for x in instructions[wait[0] :]),
     }
 
@@ -143,14 +154,30 @@ def read_amd(compiled: Any) -> dict[str, int]:
     }
 
 
+def ratios(tile: Tile) -> list[int]:
+    """Value heads of a key head that a tile is compiled for: of a clustered one, also the most that it suits."""
+    return sorted({R, tiles.CLUSTER // tiles.parts(tile, D)}) if tile.clustered else [R]
+
+
+def told(compiled: Any, programs: int) -> tuple[int, ...]:
+    """What Triton's launcher is told of a kernel in clusters: that it is loaded first needs a GPU, and is left out."""
+    assert compiled.packed_metadata[1] == 1  # else `in_clusters` would lose what it was compiled for
+    compiled._init_handles = lambda: None
+    return in_clusters(compiled, programs).packed_metadata
+
+
 def rows(arch: str) -> list[dict[str, Any]]:
     read = read_amd if arch.startswith("gfx") else read_nvidia
     found = []
     for state in ("float32", "bfloat16"):
         for work, tile in shipped(arch, state).items():
-            compiled = compile_for(arch, tile, 2 if "tokens" in work else 1, getattr(torch, state))
-            launcher = {"launcher": compiled.packed_metadata} if tile.clustered else {}
-            found.append({"arch": arch, "state": state, "work": work, **tile._asdict(), **read(compiled), **launcher})
+            of = {"arch": arch, "state": state, "work": work, **tile._asdict()}
+            for value_heads in ratios(tile):
+                compiled, cluster = compile_for(
+                    arch, tile, 2 if "tokens" in work else 1, getattr(torch, state), value_heads
+                )
+                launcher = {"launcher": told(compiled, cluster)} if tile.clustered else {}
+                found.append({**of, "value heads": value_heads, **read(compiled), **launcher})
     if arch in KINDS.values():  # the only ones that its tile was measured on
         for work, tile in {"deferred": FLOAT32.tile, "deferred, few": FLOAT32.few}.items():
             shape = Tile(D, tile.num_warps, 1, tile.max_registers, tile.clustered)

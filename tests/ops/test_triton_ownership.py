@@ -31,8 +31,8 @@ class Trace:
         self.unfenced: dict[tuple, set[int]] = defaultdict(set)  # read since the program's last barrier
         self.overtaking: set[int] = set()  # written with no barrier after being read
         self.barriers: dict[tuple, int] = defaultdict(int)  # that a program has passed
-        self.read_late: set[int] = set()  # after a program's first barrier
-        self.written_early: set[int] = set()  # before its second
+        # kind -> number of barriers that the program had passed in its launch -> addresses
+        self.touched: dict[str, dict[int, set[int]]] = {"read": defaultdict(set), "written": defaultdict(set)}
 
     def program(self) -> tuple:
         return (self.launch, *interpreter_builder.grid_idx)
@@ -43,16 +43,17 @@ class Trace:
         inside = (addresses >= self.counted.start) & (addresses < self.counted.stop)
         self.traffic[kind] += int(inside.sum()) * size
         touched = {int(address) + offset for address in addresses for offset in range(0, size, 2)}
+        self.touched[kind][self.barriers[self.program()]] |= touched
         if kind == "read":
             self.reads[self.program()] |= touched
             self.unfenced[self.program()] |= touched
-            if self.barriers[self.program()] >= 1:
-                self.read_late |= touched
         else:
-            if self.barriers[self.program()] < 2:
-                self.written_early |= touched
             self.overtaking |= touched & self.unfenced[self.program()]
             self.writes[self.program()] |= touched
+
+    def when(self, kind: str, addresses: set[int]) -> set[int]:
+        """After how many of its barriers a program touched any of them."""
+        return {barriers for barriers, touched in self.touched[kind].items() if touched & addresses}
 
     def shared(self) -> set[int]:
         """Addresses that one program writes and another reads or writes."""

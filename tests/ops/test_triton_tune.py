@@ -13,8 +13,8 @@ from qwen_fastdecode.cli import tune
 from qwen_fastdecode.cli.arguments import build_parser
 from qwen_fastdecode.cli.tune import Heads, Measured
 from qwen_fastdecode.errors import BadInput
+from qwen_fastdecode.ops.triton import clusters, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
-from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_command_keeps_a_tile_for_each_batch(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(tune, "BATCHES", (1, 2))
-    monkeypatch.setattr(tiles, "candidates", lambda DV, _: [Tile(DV, 8), Tile(DV, 4, 2)])
+    monkeypatch.setattr(tiles, "candidates", lambda DV, *_: [Tile(DV, 8), Tile(DV, 4, 2)])
     args = command("--device", "cpu", "--key-heads", "1", "--value-heads", "2", "--head-dim", "16")
     assert args.run(args) == 0
     assert [len(tiles.tuned()["cpu"]), tiles.tuned()["cpu"][-1].max_work] == [2, tune.UNLIMITED]
@@ -55,6 +55,12 @@ def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[str] = []
     assert tune.tune(CPU, SMALL, (3,), heard.append) == [Measured(3, Tile(16, 8), 1.0, Tile(16, 4), 3.0)]
     assert heard[0] == "batch 3: 16 columns, 4 warps"
+
+
+def test_parts_are_measured_of_heads_that_fit_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "clusters_reason", lambda _: None)
+    found = tune.candidates(CPU, 1, Heads(HK=16, R=3, D=128))
+    assert [tile.block_v for tile in found if tile.clustered] == [128, 64]
 
 
 def test_kept_tiles_serve_the_works_around_their_batch(cache: Path) -> None:

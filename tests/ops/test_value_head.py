@@ -1,4 +1,4 @@
-"""A program a value head, in clusters, by Triton's interpreter: results, who touches what, and when it is chosen."""
+"""A program or several a value head, in clusters, by Triton's interpreter: results, who touches what, when chosen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_triton_ownership import Trace, one_item_a_program, trace
+from tolerances import FLOAT32, relative_rms
 from triton.backends.nvidia.compiler import CUDABackend
 from triton_step import Step, as_op
 
@@ -21,13 +22,16 @@ from qwen_fastdecode.ops.triton.value_head import decode_value_head
 __all__ = ["one_item_a_program", "trace"]  # fixtures
 
 BF16, F32 = torch.bfloat16, torch.float32
-CLUSTERED = Tile(16, 4, clustered=True)
+H100 = "NVIDIA H100 80GB HBM3"
+CLUSTERED = Tile(16, 4, clustered=True)  # a head of 16 columns is whole, wider ones have parts
 
 
-@pytest.mark.parametrize("R", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("DV", "R"), [*((16, R) for R in (1, 2, 3, 4, 8)), (32, 1), (32, 3), (32, 4), (64, 2), (128, 1)]
+)
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "split"])
-def test_families_and_head_ratios(R: int, grouped: bool) -> None:
-    Step(R=R, grouped=grouped).check(CLUSTERED)
+def test_families_and_head_ratios(DV: int, R: int, grouped: bool) -> None:
+    Step(R=R, DV=DV, grouped=grouped).check(CLUSTERED)
 
 
 @pytest.mark.parametrize(
@@ -49,10 +53,45 @@ def test_sizes_and_dtypes(sizes: dict, dtypes: dict) -> None:
     Step(**sizes, **dtypes).check(Tile(64, 4, clustered=True))
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"DK": 24, "DV": 40, "R": 2},  # of the four parts of 16 columns one is cut off, and one is empty
+        {"DK": 17, "DV": 19, "R": 3},  # columns that are no pairs
+        {"DV": 24, "B": 3, "HK": 3, "R": 4},
+        {"DV": 32, "B": 9},  # more key heads than programs in the interpreter
+        {"DV": 32, "W": 2},
+        {"DV": 32, "W": 3, "channel_last": True},
+        {"DV": 64, "margin": 4},  # taps as aligned words, and pairs of bfloat16 states
+        {"DV": 44, "R": 1, "margin": 4},
+        {"DV": 32, "gate": "sigmoid", "beta_scale": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtypes", [{}, {"dtype": F32}, {"state_dtype": BF16}], ids=str)
+def test_parts_of_sizes_and_dtypes(sizes: dict, dtypes: dict) -> None:
+    Step(**sizes, **dtypes).check(CLUSTERED)
+
+
+def test_parts_of_states_in_pairs_of_bfloat16() -> None:
+    step = Step(DV=64, margin=4, state_dtype=BF16)
+    assert described(step, CLUSTERED).layout.pairs  # those of the test above are read so
+    step.check(CLUSTERED)
+
+
+@pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
+def test_parts_with_64_bit_offsets(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INT32", 8)
+    step = Step(DV=40, DK=8, HK=3, margin=4, state_dtype=state_dtype, heads=(2, 4))
+    assert described(step, CLUSTERED).layout.wide
+    step.check(CLUSTERED)
+
+
+@pytest.mark.parametrize("DV", [16, 32], ids=["whole", "parts"])
 @pytest.mark.parametrize("heads", [(0, 3), (6, 3), (3, 6), (3, 3)], ids=str)
 @pytest.mark.parametrize("alone", [False, True], ids=["all heads given", "those of the range"])
-def test_head_range(heads: tuple[int, int], alone: bool) -> None:
-    step = Step(HK=3, R=3, heads=heads, dtype=F32)
+def test_head_range(heads: tuple[int, int], alone: bool, DV: int) -> None:
+    step = Step(HK=3, R=3, DV=DV, heads=heads, dtype=F32)
     if alone:
         for name in "qkvzba":
             setattr(step, name, getattr(step, name)[:, heads[0] // 3 : (sum(heads) - 1) // 3 + 1])
@@ -68,23 +107,80 @@ def test_the_same_bits_as_with_a_program_a_key_head(state_dtype: torch.dtype) ->
     assert torch.equal(clustered.recurrent_state, other.recurrent_state)
 
 
+@pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
+def test_parts_leave_the_same_states_as_whole_heads_bit_for_bit(state_dtype: torch.dtype) -> None:
+    """The output's bits may differ: its norm adds parts' sums."""
+    parts, whole = (Step(R=2, DV=40, B=3, margin=4, dtype=F32, state_dtype=state_dtype) for _ in range(2))
+    assert relative_rms(parts.run(CLUSTERED), whole.run(Tile(64, 4, clustered=True))) <= FLOAT32
+    assert torch.equal(parts.conv_state, whole.conv_state)
+    assert torch.equal(parts.recurrent_state, whole.recurrent_state)
+
+
+def keys_taps(s: Step) -> set[int]:
+    """Addresses of the taps of q and k, of 2 bytes each."""
+    begin = s.conv_state.data_ptr()
+    sequence = s.conv_state.stride(0) * s.conv_state.element_size()
+    keys = 2 * s.HK * s.DK * s.W * s.conv_state.element_size()  # q's and k's channels come first
+    return {address for i in range(s.B) for address in range(begin + i * sequence, begin + i * sequence + keys, 2)}
+
+
 @pytest.mark.usefixtures("one_item_a_program")
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "tap by tap"])
 def test_shared_taps_are_shifted_by_one_program_after_the_clusters_barrier(trace: Trace, packed: bool) -> None:
     """The programs of a key head share its taps of q and k, and nothing else that is written."""
     s = Step(R=3, margin=4 if packed else 5)
-    begin = s.conv_state.data_ptr()
-    sequence = s.conv_state.stride(0) * s.conv_state.element_size()
-    keys = 2 * s.HK * s.DK * s.W * s.conv_state.element_size()  # q's and k's channels come first
-    shared = {address for i in range(s.B) for address in range(begin + i * sequence, begin + i * sequence + keys, 2)}
+    shared = keys_taps(s)
     s.run(CLUSTERED)
     assert trace.shared() == shared
     assert len(trace.writes) == s.B * s.HK * s.R
     writers = [program for program, written in trace.writes.items() if written & shared]
     assert len(writers) == s.B * s.HK
     assert {program[1] % s.R for program in writers} == {s.R - 1}
-    assert not trace.read_late & shared  # after the program's first barrier, where it arrives
-    assert not trace.written_early & shared  # before its second, where it has waited
+    assert trace.when("read", shared) == {0}  # before the program's first barrier, where it arrives
+    assert trace.when("written", shared) == {2}  # after its second, where it has waited
+
+
+@pytest.mark.usefixtures("one_item_a_program")
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "tap by tap"])
+def test_parts_share_their_squares_besides_and_read_them_after_the_clusters_barrier(trace: Trace, packed: bool) -> None:
+    s = Step(R=3, DV=24, margin=4 if packed else 5)
+    parts, taps = 2, keys_taps(s)
+    begin = s.conv_state.untyped_storage().data_ptr()
+    values_taps = {*range(begin, begin + s.conv_state.untyped_storage().nbytes(), 2)} - taps
+    s.run(CLUSTERED)
+    squares = trace.shared() - taps
+    assert trace.shared() > taps
+    assert len(trace.writes) == s.B * s.HK * s.R * parts
+    assert len(squares) == len(trace.writes) * 4 // 2  # one number of 4 bytes a program
+    for program, read in trace.reads.items():
+        head = program[1] // parts * parts
+        peers = (trace.writes[0, head + part, 0, 0] for part in range(parts))
+        assert read & squares == set().union(*peers) & squares
+    assert {program[1] % (s.R * parts) for program, written in trace.writes.items() if written & taps} == {
+        s.R * parts - 1
+    }
+    # A program passes a barrier of its own first, the second where it arrives, the third where it has waited.
+    assert trace.when("written", squares) == {0}  # by the first of the interpreter's launches
+    assert trace.when("read", taps | values_taps) == {0}
+    assert trace.when("written", values_taps) == {1}
+    assert trace.when("read", squares) == trace.when("written", taps) == {3}
+
+
+def test_squares_that_no_part_has_written_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of every result here: without the first of the interpreter's launches there is no output."""
+
+    class SecondLaunchAlone:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            run = decode_value_head[grid]
+            return lambda *arguments, **options: arguments[-1].phase == "rest" and run(*arguments, **options)
+
+    monkeypatch.setattr(launch, "decode_value_head", SecondLaunchAlone())
+    launch._prepared.clear()
+    try:
+        assert Step(DV=32).run(CLUSTERED).isnan().all()
+        assert not Step().run(Tile(16, 8)).isnan().any()
+    finally:
+        launch._prepared.clear()
 
 
 def test_state_is_read_once_and_written_once(trace: Trace) -> None:
@@ -96,6 +192,16 @@ def test_state_is_read_once_and_written_once(trace: Trace) -> None:
     assert trace.traffic == {"read": floor, "written": floor}
 
 
+def test_parts_read_the_state_once_a_launch_and_write_it_once(trace: Trace) -> None:
+    """The interpreter's first launch, for the squares, reads it too; a GPU has one launch."""
+    s = Step(R=3, DV=24, heads=(3, 3))
+    begin = s.recurrent_state.untyped_storage().data_ptr()
+    trace.counted = range(begin, begin + s.recurrent_state.untyped_storage().nbytes())
+    s.run(CLUSTERED)
+    floor = s.recurrent_state[:, :3].numel() * s.recurrent_state.element_size()
+    assert trace.traffic == {"read": 2 * floor, "written": floor}
+
+
 def described(step: Step, tile: Tile | None) -> launch.Launch:
     return launch.describe(*as_op(step.tensors, step.options), tile, 100)
 
@@ -103,14 +209,23 @@ def described(step: Step, tile: Tile | None) -> launch.Launch:
 def test_a_cluster_is_the_value_heads_of_a_key_head() -> None:
     found = described(Step(B=5, HK=2, R=3), CLUSTERED)
     assert (found.kernel, found.grid, found.cluster) == (decode_value_head, (10, 1, 1), 3)
+    found = described(Step(B=5, HK=2, R=3, DV=24), CLUSTERED)
+    assert (found.kernel, found.grid, found.cluster) == (decode_value_head, (10, 1, 1), 6)
+    assert found.squares == 60
+    assert described(Step(B=5, HK=2, R=3), CLUSTERED).squares is None
     found = described(Step(B=5, HK=2, R=3), Tile(16, 4))
     assert (found.kernel, found.grid, found.cluster) == (decode_token, (10, 1, 1), 1)
 
 
-@pytest.mark.parametrize("step", [{"T": 2}, {"DV": 40}, {"R": 9}, {"lengths": [2, 1]}], ids=str)
+@pytest.mark.parametrize("step", [{"T": 2}, {"DV": 40, "R": 3}, {"R": 9}, {"lengths": [2, 1]}], ids=str)
 def test_a_clustered_tile_that_does_not_suit_is_refused_by_name(step: dict) -> None:
     with pytest.raises(ValueError, match=r"tile: got (Tile\(block_v=16|block_v 16)"):
         Step(**step).run(CLUSTERED)
+
+
+def test_a_refusal_says_how_many_programs_a_head_would_take() -> None:
+    with pytest.raises(ValueError, match=r"3 value heads of a key head .* the 8 programs of a cluster: 4 each"):
+        Step(DV=40, R=3).run(CLUSTERED)
 
 
 @pytest.mark.parametrize("R", [1, 2])
@@ -119,6 +234,7 @@ def test_where_there_are_no_clusters_a_clustered_tile_is_refused(R: int, monkeyp
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "max_programs_on", lambda device: 100)
     monkeypatch.setattr(launch, "clusters_reason", lambda device: "clusters need compute capability 9.0")
+    launch._prepared.clear()  # of other tests' steps of this kind
     with pytest.raises(ValueError, match="tile: got a clustered one, but clusters need compute"):
         Step(R=R).run(CLUSTERED)
 
@@ -134,18 +250,34 @@ def test_the_table_passes_over_clustered_tiles_that_do_not_suit(monkeypatch: pyt
     assert found(128, 128, 2) == rows[0].tile
     assert found(129, 128, 2) == rows[1].tile
     assert found(16, 64, 8) == Tile(64, 4, clustered=True)
-    assert found(16, 256, 2) == found(16, 128, 9) == rows[1].tile
+    assert found(16, 256, 4) == rows[0].tile  # two parts each
+    assert found(16, 256, 5) == found(16, 128, 9) == rows[1].tile
 
 
 def test_the_gpus_that_were_measured_have_clusters_for_eight_sequences() -> None:
     for state in ("float32", "bfloat16"):
         for value_heads in (1, 2, 3, 4):
-            found = [
-                tiles.lookup("sm_90", "NVIDIA H100 80GB HBM3", 16 * batch, 128, state, value_heads).clustered
-                for batch in (1, 8, 9)
-            ]
+            found = [tiles.lookup("sm_90", H100, 16 * batch, 128, state, value_heads).clustered for batch in (1, 8, 9)]
             assert found == [True, True, False]
     assert not tiles.lookup("sm_80", "", 16, 128, "float32", 2).clustered
+
+
+@pytest.mark.parametrize(
+    ("gpu", "state", "value_heads", "widths"),  # of the tiles for work 16, 32, 33, 64 and 65
+    [
+        *((gpu, "float32", R, (32, 32, 32, 32, 128)) for gpu in ("", H100) for R in (1, 2)),
+        *((gpu, "float32", R, (64, 64, 128, 128, 128)) for gpu in ("", H100) for R in (3, 4)),
+        *((gpu, "float32", R, (128, 128, 128, 128, 128)) for gpu in ("", H100) for R in (5, 8)),
+        *((H100, "bfloat16", R, (64, 64, 128, 128, 128)) for R in (1, 2, 3, 4)),
+        *((H100, "bfloat16", R, (128, 128, 128, 128, 128)) for R in (5, 8)),
+    ],
+)
+def test_the_fewest_sequences_have_parts_of_heads_that_fit_a_cluster(
+    gpu: str, state: str, value_heads: int, widths: tuple[int, ...]
+) -> None:
+    found = [tiles.lookup("sm_90", gpu, work, 128, state, value_heads) for work in (16, 32, 33, 64, 65)]
+    assert all(tile.clustered for tile in found)
+    assert tuple(tile.block_v for tile in found) == widths
 
 
 class Compiled(SimpleNamespace):
@@ -180,6 +312,5 @@ def test_without_a_launcher_that_is_known_there_are_no_clusters(
         )
     finally:
         launcher_reason.cache_clear()
-    gpu = "NVIDIA H100 80GB HBM3"
-    assert tiles.lookup("sm_90", gpu, 16, 128, clusters=True).clustered
-    assert not tiles.lookup("sm_90", gpu, 16, 128, clusters=False).clustered
+    assert tiles.lookup("sm_90", H100, 16, 128, clusters=True).clustered
+    assert not tiles.lookup("sm_90", H100, 16, 128, clusters=False).clustered

@@ -65,6 +65,7 @@ class Layout(NamedTuple):
     BLOCK_V: int
     TILES: int  # tiles of BLOCK_V columns in a value head
     prefetch: bool  # load the next tile of the state while the current one is finished
+    phase: str = "all"  # what a launch does; in the interpreter parts of a head do "squares" first, then the "rest"
 
 
 def unavailable_reason(device: torch.device) -> str | None:
@@ -113,6 +114,17 @@ class Launch(NamedTuple):
     grid: tuple[int, int, int]  # in clusters
     cluster: int  # programs of a cluster
 
+    @property
+    def squares(self) -> int | None:
+        """How many numbers the parts of value heads exchange; None where no head is worked on by several programs."""
+        parted = self.kernel is decode_value_head and self.layout.TILES > 1
+        return self.grid[0] * self.cluster if parted else None
+
+    def after_out(self, squares: Tensor | int | None) -> tuple[Any, ...]:
+        """The kernel's last arguments. squares: a tensor of as many numbers, or its address; None for None."""
+        scratch = (squares,) if self.kernel is decode_value_head else ()
+        return (*scratch, *self.numbers, self.layout)
+
 
 def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -> Launch:
     """The launch for this kind of steps, whatever device its tensors are on."""
@@ -130,7 +142,7 @@ def describe(step: Step, recipe: Recipe, tile: Tile | None, max_programs: int) -
     layout = layout_of(s, step, recipe, tile, strided=items > max_programs, pairs=one_token)
     numbers, options = numbers_of(s, step, items), _options(tile)
     if tile.clustered:
-        return Launch(decode_value_head, numbers, layout, options, (items, 1, 1), cluster=s.R)
+        return Launch(decode_value_head, numbers, layout, options, (items, 1, 1), cluster=s.R * layout.TILES)
     kernel = decode_token if one_token else decode_tokens
     return Launch(kernel, numbers, layout, options, (min(items, max_programs), 1, 1), cluster=1)
 
@@ -141,8 +153,8 @@ def check_tile(tile: Tile, s: StepShapes, one_token: bool) -> None:
         raise UnsupportedStep(f"tile: got block_v {tile.block_v}, expected all {s.DV} columns where T may exceed 1")
     if tile.clustered and not (one_token and tiles.suits(tile, s.DV, s.R)):
         raise UnsupportedStep(
-            f"tile: got {tile}, expected one that is not clustered where T may exceed 1, value heads of {s.DV} columns "
-            f"are wider than block_v, or {s.R} of them a key head are more than the {tiles.CLUSTER} of a cluster"
+            f"tile: got {tile}, expected one that is not clustered where T may exceed 1, or the {s.R} value heads of a "
+            f"key head take more than the {tiles.CLUSTER} programs of a cluster: {tiles.parts(tile, s.DV)} each"
         )
 
 
@@ -151,23 +163,26 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
     tokens, states, weights = step.tokens, step.states, step.weights
     device, dtype = tokens.v.device, tokens.v.dtype
     shape = tokens.v.shape[0], recipe.heads[1] * tokens.v.shape[3]
-    kernel, numbers, layout, options, grid, cluster = describe(step, recipe, tile, max_programs_on(device))
-    if INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
-        grid = (grid[0] * cluster, 1, 1)
-        return partial(_interpret, kernel[grid], numbers, layout, options, shape)
+    found = describe(step, recipe, tile, max_programs_on(device))
+    kernel, grid = found.kernel, found.grid
+    if INTERPRETED:
+        return partial(_interpret, found, shape)
     reason = clusters_reason(device) if kernel is decode_value_head else None  # of one program, too: it has the barrier
     if reason is not None:
         raise UnsupportedStep(f"tile: got a clustered one, but {reason}")
-    arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *numbers, layout)
+    parted = found.squares is not None
+    scratch = partial(torch.empty, found.squares or 0, dtype=torch.float32, device=device)
+    after_out = found.after_out(scratch() if parted else None)
+    arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *after_out)
     with torch.cuda.device(device):
-        run = in_clusters(kernel.warmup(*arguments, grid=grid, **options), cluster)[grid]
+        run = in_clusters(kernel.warmup(*arguments, grid=grid, **found.options), found.cluster)[grid]
     places = places_of(step)
 
-    def launch(step: Step, sources: list[int], others: list[int]) -> Tensor:
+    def launch(step: Step, sources: list[int], others: list[int], after_out: tuple[Any, ...] = after_out) -> Tensor:
         # Addresses rather than tensors: Triton's launcher would ask each tensor for its own again.
         out = torch.empty(shape, dtype=dtype, device=device)
         pointers = [sources[i] + offset for i, offset in places]
-        arguments = (*pointers, *others, step.cu_seqlens, out.data_ptr(), *numbers, layout)
+        arguments = (*pointers, *others, step.cu_seqlens, out.data_ptr(), *after_out)
         if torch.cuda.current_device() == device.index:
             run(*arguments)
         else:
@@ -175,13 +190,22 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
                 run(*arguments)
         return out
 
-    return launch
+    def launch_parts(step: Step, sources: list[int], others: list[int]) -> Tensor:
+        squares = scratch()  # of this step alone, as `out` is: the allocator keeps streams and graphs apart
+        return launch(step, sources, others, found.after_out(squares.data_ptr()))
+
+    return launch_parts if parted else launch
 
 
-def _interpret(run: Any, numbers: Any, layout: Layout, options: Any, shape: Any, step: Step, *_: Any) -> Tensor:
-    tokens = step.tokens
-    out = tokens.v.new_empty(shape)
-    run(*tokens, *step.states, *step.weights, step.cu_seqlens, out, *numbers, layout, **options)
+def _interpret(found: Launch, shape: Any, step: Step, *_: Any) -> Tensor:
+    """On the CPU: clusters are the launcher's, so here all their programs are on the grid, one after the other."""
+    out = step.tokens.v.new_empty(shape)
+    arguments = (*step.tokens, *step.states, *step.weights, step.cu_seqlens, out)
+    # NaN: one that is not written shows.
+    squares = None if found.squares is None else torch.full((found.squares,), torch.nan)
+    for phase in ("all",) if squares is None else ("squares", "rest"):
+        phased = found._replace(layout=found.layout._replace(phase=phase))
+        found.kernel[found.grid[0] * found.cluster, 1, 1](*arguments, *phased.after_out(squares), **found.options)
     return out
 
 
@@ -254,7 +278,7 @@ def layout_of(s: StepShapes, step: Step, recipe: Recipe, tile: Tile, strided: bo
         beta_scale=recipe.beta_scale,
         BLOCK_K=tiles.power_of_two(s.DK),
         BLOCK_V=tile.block_v,
-        TILES=tiles.power_of_two(s.DV) // tile.block_v,
+        TILES=tiles.parts(tile, s.DV),
         prefetch=tile.num_stages > 1,
     )
 

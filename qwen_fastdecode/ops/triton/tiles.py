@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int = 1  # 2: the next tile is loaded while the current one is finished
     max_registers: int = 0  # a thread may use so many, so that more programs fit; 0: as many as it likes
-    clustered: bool = False  # a program a value head, those of a key head in a cluster; else a program a key head
+    clustered: bool = False  # a program a tile of a value head, a key head's in a cluster; else a program a key head
 
 
 class Row(NamedTuple):
@@ -67,8 +67,13 @@ def lookup(
 
 
 def suits(tile: Tile, DV: int, value_heads: int) -> bool:
-    """Whether a program can have such a tile: a clustered one holds a head, and a key head's programs fit a cluster."""
-    return not tile.clustered or (tile.block_v >= DV and value_heads <= CLUSTER)
+    """Whether programs can have such a tile: of a clustered one, all those of a key head's tiles fit a cluster."""
+    return not tile.clustered or value_heads * parts(tile, DV) <= CLUSTER
+
+
+def parts(tile: Tile, DV: int) -> int:
+    """How many such tiles a value head of DV columns has."""
+    return power_of_two(DV) // fit(tile, DV).block_v
 
 
 def closest(arch: str) -> str:
@@ -89,10 +94,10 @@ def whole_head(DV: int) -> Tile:
     return Tile(power_of_two(DV), max(4, power_of_two(DV) // 16))
 
 
-def candidates(DV: int, clustered: bool = False) -> list[Tile]:
+def candidates(DV: int, value_heads: int = 1, clusters: bool = False) -> list[Tile]:
     """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers.
 
-    clustered: the GPU has clusters, and a key head's value heads fit one.
+    value_heads: of a key head. clusters: whether the GPU has them.
     """
     whole = power_of_two(DV)
     shapes = [
@@ -104,7 +109,12 @@ def candidates(DV: int, clustered: bool = False) -> list[Tile]:
         (whole // 4, 4, 96),
     ]
     found = [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
-    return [*found, Tile(whole, 4, clustered=True)] if clustered and whole <= WIDEST_CLUSTERED else found
+    if not clusters or whole > WIDEST_CLUSTERED:
+        return found
+    shared = dict.fromkeys(
+        fit(Tile(width, warps, clustered=True), DV) for width, warps in [(whole, 4), (64, 2), (32, 2), (32, 1)]
+    )
+    return [*found, *(tile for tile in shared if suits(tile, DV, value_heads))]
 
 
 def power_of_two(n: int) -> int:
@@ -145,7 +155,7 @@ def cache_file() -> Path | None:
 
 
 def _by_key(key: str, state: str, rows: Iterable[dict[str, Any]]) -> dict[str, list[Row]]:
-    """Those for states of one dtype. A row that names none is for float32."""
+    """Those for states of one dtype, of equal work in their order. A row that names no dtype is for float32."""
     found: dict[str, list[Row]] = {}
     for row in sorted((row for row in rows if row.get("state", "float32") == state), key=lambda row: row["max_work"]):
         found.setdefault(row[key], []).append(Row(row["max_work"], _tile(row)))
