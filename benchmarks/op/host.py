@@ -79,16 +79,15 @@ def _modules_alone(stack: Stack, i: int) -> Callable[[], Tensor]:
 def _no_launch() -> Iterator[None]:
     """All that `launch` does for a step on a GPU, but for the call of the compiled kernel."""
     kept = launch._interpret
-    places: dict[int, list[tuple[int, int]]] = {}
+    prepared: dict[int, tuple[list[tuple[int, int]], tuple[Any, ...]]] = {}
 
-    def stand_in(
-        run: Any, numbers: Any, layout: Any, options: Any, shape: Any, step: Step, sources: Any, others: Any
-    ) -> Tensor:
-        if id(numbers) not in places:
-            places[id(numbers)] = launch.places_of(step)
+    def stand_in(found: launch.Launch, shape: Any, step: Step, sources: Any, others: Any) -> Tensor:
+        if id(found) not in prepared:
+            prepared[id(found)] = launch.places_of(step), found.after_out(None)
+        places, after_out = prepared[id(found)]
         out = torch.empty(shape, dtype=step.sources[0].dtype, device=CPU)
-        pointers = [sources[i] + offset for i, offset in places[id(numbers)]]
-        _nothing(*pointers, *others, step.cu_seqlens, out.data_ptr(), *numbers, layout)
+        pointers = [sources[i] + offset for i, offset in places]
+        _nothing(*pointers, *others, step.cu_seqlens, out.data_ptr(), *after_out)
         return out
 
     launch._interpret = stand_in

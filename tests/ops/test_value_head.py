@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_triton_launch import far_apart
 from test_triton_ownership import Trace, one_item_a_program, trace
 from tolerances import FLOAT32, relative_rms
 from triton.backends.nvidia.compiler import CUDABackend
@@ -79,10 +80,10 @@ def test_parts_of_states_in_pairs_of_bfloat16() -> None:
     step.check(CLUSTERED)
 
 
-@pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
-def test_parts_with_64_bit_offsets(state_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INT32", 8)
-    step = Step(DV=40, DK=8, HK=3, margin=4, state_dtype=state_dtype, heads=(2, 4))
+def test_parts_with_64_bit_offsets() -> None:
+    """Heads of one sequence so far apart that the last begins past 2^31 elements."""
+    step = Step(B=1, HK=1, R=4, DV=32, margin=4, state_dtype=BF16)
+    step.recurrent_state = far_apart(step.recurrent_state[0], 2**30 + 7)[None]  # odd: no pairs, which count half
     assert described(step, CLUSTERED).layout.wide
     step.check(CLUSTERED)
 
