@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import Tensor
 from triton_step import Step, as_op
 
 from qwen_fastdecode.ops import prepared
+from qwen_fastdecode.ops.ring import new_ring
+from qwen_fastdecode.ops.triton import deferred_launch
 from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile
 from qwen_fastdecode.ops.triton.launch import unavailable_reason
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """To set triton_backend.INTERPRETED_PROGRAMS, the grid's bound."""
-    triton_backend._prepared.clear()
+    """To set triton_backend.INTERPRETED_PROGRAMS, the grid's bound, and what else steps are prepared with."""
+    for module in (triton_backend, deferred_launch):
+        module._prepared.clear()
     yield monkeypatch
-    triton_backend._prepared.clear()
+    for module in (triton_backend, deferred_launch):
+        module._prepared.clear()
 
 
 @pytest.mark.parametrize("step", [{}, {"T": 2}], ids=str)
@@ -53,6 +61,58 @@ def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
             setattr(step, name, getattr(step, name).expand(B, *[-1] * (getattr(step, name).dim() - 1)))
         step.run()
     assert grids == [(2, 1, 1), (triton_backend.INTERPRETED_PROGRAMS, 1, 1)]
+
+
+class Compiled:
+    """Stands in for a kernel and for what is compiled of it: notes what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[Tensor]] = []
+        self.launched: list[tuple] = []
+
+    def warmup(self, *arguments: object, **_: object) -> Compiled:
+        self.given += [weakref.ref(x) for x in arguments if isinstance(x, Tensor)]
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.launched.append(arguments)
+
+
+TILES = {
+    "a key head": Tile(32, 4),
+    "a value head": Tile(32, 4, clustered=True),
+    "parts of a head": Tile(16, 1, clustered=True),
+    "deferred": DeferredTile(4, 4),
+    "deferred, a value head": DeferredTile(4, 4, clustered=True),
+}
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_nothing_that_a_step_allocates_is_kept(tile: Tile | DeferredTile, programs: pytest.MonkeyPatch) -> None:
+    """The first step of a kind may be recorded in a CUDA graph, whose memory must hold nothing but what it returns."""
+    compiled = Compiled()
+    for name in ("decode_token", "decode_value_head"):
+        programs.setattr(triton_backend, name, compiled)
+    programs.setattr(deferred_launch, "decode_deferred", compiled)
+    for module in (triton_backend, deferred_launch):
+        programs.setattr(module, "INTERPRETED", False)
+        programs.setattr(module, "max_programs_on", lambda _: 100)
+        programs.setattr(module, "clusters_reason", lambda _: None)
+        programs.setattr(module, "in_clusters", lambda kernel, _: kernel)
+    programs.setattr(torch.cuda, "device", lambda _: nullcontext())
+    programs.setattr(torch.cuda, "current_device", lambda: None)
+    s = Step(DV=32, R=2)
+    step, recipe = as_op(s.tensors, s.options)
+    ring = new_ring(s.recurrent_state, s.HK, 4)
+    if isinstance(tile, DeferredTile):
+        out = deferred_launch.decode_deferred_triton(step, recipe, ring, tile)
+    else:
+        out = triton_backend.decode_triton(step, recipe, tile)
+    (launched,) = compiled.launched
+    assert out.data_ptr() in launched
+    alive = {id(x()) for x in compiled.given if x() is not None}
+    assert alive
+    assert alive <= {id(x) for x in (*s.tensors, *step.tokens, *ring)}
 
 
 def layout_of(step: Step) -> triton_backend.Layout:

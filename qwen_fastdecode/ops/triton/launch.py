@@ -170,17 +170,21 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
     reason = clusters_reason(device) if kernel is decode_value_head else None  # of one program, too: it has the barrier
     if reason is not None:
         raise UnsupportedStep(f"tile: got a clustered one, but {reason}")
-    parted = found.squares is not None
-    scratch = partial(torch.empty, found.squares or 0, dtype=torch.float32, device=device)
-    after_out = found.after_out(scratch() if parted else None)
-    arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *after_out)
+    count, rest = found.squares, found.after_out(None)
+    # For what each step allocates. It must not be kept: it may lie in the memory of a CUDA graph that is recorded now.
+    stand_in = None if count is None else tokens.v.new_empty(0, dtype=torch.float32)
+    arguments = (*tokens, *states, *weights, step.cu_seqlens, tokens.v.new_empty(0), *found.after_out(stand_in))
     with torch.cuda.device(device):
         run = in_clusters(kernel.warmup(*arguments, grid=grid, **found.options), found.cluster)[grid]
     places = places_of(step)
 
-    def launch(step: Step, sources: list[int], others: list[int], after_out: tuple[Any, ...] = after_out) -> Tensor:
+    def launch(step: Step, sources: list[int], others: list[int]) -> Tensor:
         # Addresses rather than tensors: Triton's launcher would ask each tensor for its own again.
         out = torch.empty(shape, dtype=dtype, device=device)
+        after_out = rest
+        if count is not None:
+            squares = torch.empty(count, dtype=torch.float32, device=device)  # this step's alone, as `out` is
+            after_out = found.after_out(squares.data_ptr())
         pointers = [sources[i] + offset for i, offset in places]
         arguments = (*pointers, *others, step.cu_seqlens, out.data_ptr(), *after_out)
         if torch.cuda.current_device() == device.index:
@@ -190,11 +194,7 @@ def _prepare(step: Step, recipe: Recipe, tile: Tile | None) -> _Launch:
                 run(*arguments)
         return out
 
-    def launch_parts(step: Step, sources: list[int], others: list[int]) -> Tensor:
-        squares = scratch()  # of this step alone, as `out` is: the allocator keeps streams and graphs apart
-        return launch(step, sources, others, found.after_out(squares.data_ptr()))
-
-    return launch_parts if parted else launch
+    return launch
 
 
 def _interpret(found: Launch, shape: Any, step: Step, *_: Any) -> Tensor:
