@@ -28,7 +28,7 @@ def gain() -> str:
         for row in rows
         if "captured, deferred" in row["tokens a second"]
     }
-    (N,) = {row["N"] for row in load("deferred", "deferred-op.json")["results"] if "floor us" in row}
+    (N,) = {row["N"] for row in load("deferred steps", "deferred-op.json")["results"] if "floor us" in row}
     *most, last = sorted(gains)
     said = f"{', '.join(times(gains[batch]) for batch in most)} and {times(gains[last])}"
     return (
@@ -45,7 +45,7 @@ def _pairs(sides: list[str]) -> list[tuple[str, str]]:
 
 def steps() -> str:
     """The kernel of such a step beside the one of two passes."""
-    data = load("deferred", "deferred-op.json")
+    data = load("deferred steps", "deferred-op.json")
     lines = []
     for row in data["results"]:
         if "floor us" in row:

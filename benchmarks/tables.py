@@ -16,13 +16,14 @@ from benchmarks.markdown import table
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
     "models": "h100-2026-11-27",  # generate-*.json
-    "graph": "h100-2026-11-27",  # graph.json
+    "graph": "h100-2026-11-27-parts",  # graph.json
     "step": "h100-2026-11-27",  # speed.json
     "ranks": "h100x2-2026-11-24",
     "captured ranks": "h100x2-2026-11-27",  # tp-graph.json
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
-    "deferred": "h100-2026-11-26-deferred-8",  # deferred-op.json and deferred-models.json
+    "deferred": "h100-2026-11-26-deferred-8",  # deferred-models.json
+    "deferred steps": "h100-2026-11-27-parts",  # deferred-op.json
 }
 MODELS = {
     "qwen3_5, hidden 2560, 32 layers": "dense: Qwen3.5-4B's shape",
