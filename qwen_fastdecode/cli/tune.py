@@ -67,7 +67,7 @@ def tune(
         shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
         times: dict[Tile, float] = {}
         for tile in candidates(device, batch, heads):
-            on_tile(f"batch {batch}: {tile.block_v} columns, {tile.num_warps} warps{', clustered' * tile.clustered}")
+            on_tile(f"batch {batch}: {tiles.in_words(tile)}")
             us = _time(layers, tile, device)
             if us is not None:
                 times[tile] = us
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device, heads = read_device(args.device), read_heads(args)
-    columns = (TextColumn("{task.description:<43}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<72}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         total = sum(len(candidates(device, batch, heads)) for batch in BATCHES)
         task, done = progress.add_task("", total=total), iter(range(total))
@@ -187,9 +187,9 @@ def run(args: argparse.Namespace) -> int:
     save(name, heads, found)
     print(f"{name}, {heads.HK} key heads, {heads.HK * heads.R} value heads of {heads.D}; microseconds a layer")
     for m in found:
-        print(
-            f"batch {m.batch:4}: {m.us:8.1f} with {tuple(m.tile)}, {m.shipped_us:8.1f} with {tuple(m.shipped)} before"
-        )
+        print(f"batch {m.batch:4}: {m.us:8.1f} with {tiles.in_words(m.tile)}")
+        if m.tile != m.shipped:
+            print(f"            {m.shipped_us:8.1f} with {tiles.in_words(m.shipped)} before")
     print(f"Kept in {tiles.cache_file()}")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,19 @@ def test_command_keeps_a_tile_for_each_batch(
     assert args.run(args) == 0
     assert [len(tiles.tuned()["cpu"]), tiles.tuned()["cpu"][-1].max_work] == [2, tune.UNLIMITED]
     printed = capsys.readouterr().out
-    assert "batch    1:" in printed
+    assert re.search(r"^batch    1: +[\d.]+ with 16 columns, \d warps", printed, re.MULTILINE)
     assert str(cache) in printed
+
+
+@pytest.mark.parametrize(
+    ("tile", "words"),
+    [
+        (Tile(32, 1, clustered=True), "32 columns, 1 warp, clustered"),
+        (Tile(64, 2, 2, 200), "64 columns, 2 warps, the next one loaded early, 200 registers"),
+    ],
+)
+def test_tiles_in_words(tile: Tile, words: str) -> None:
+    assert tiles.in_words(tile) == words
 
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:

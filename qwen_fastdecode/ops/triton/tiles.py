@@ -76,6 +76,14 @@ def parts(tile: Tile, DV: int) -> int:
     return power_of_two(DV) // fit(tile, DV).block_v
 
 
+def in_words(tile: Tile) -> str:
+    """For who tunes: what of a tile is out of the ordinary is named."""
+    words = [f"{tile.block_v} columns", f"{tile.num_warps} warp{'s' * (tile.num_warps > 1)}"]
+    words += ["the next one loaded early"] * (tile.num_stages > 1)
+    words += [f"{tile.max_registers} registers"] * (tile.max_registers > 0)
+    return ", ".join([*words, *["clustered"] * tile.clustered])
+
+
 def closest(arch: str) -> str:
     """The architecture of the table that stands in for `arch`: itself, else the closest older one of its kind."""
     kind = "gfx" if arch.startswith("gfx") else "sm_"
