@@ -16,7 +16,7 @@ from benchmarks.markdown import table
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
     "models": "h100-2026-11-27",  # generate-*.json
-    "graph": "h100-2026-11-27-parts",  # graph.json
+    "graph": "h100-2026-11-27",  # graph.json
     "step": "h100-2026-11-27",  # speed.json
     "ranks": "h100x2-2026-11-24",
     "captured ranks": "h100x2-2026-11-27",  # tp-graph.json

@@ -77,7 +77,7 @@ def _modules_alone(stack: Stack, i: int) -> Callable[[], Tensor]:
 
 @contextmanager
 def _no_launch() -> Iterator[None]:
-    """All that `launch` does for a step on a GPU, but for the call of the compiled kernel."""
+    """All that `launch` does for a step of whole heads on a GPU, but for the call of the compiled kernel."""
     kept = launch._interpret
     prepared: dict[int, tuple[list[tuple[int, int]], tuple[Any, ...]]] = {}
 

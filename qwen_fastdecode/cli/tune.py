@@ -23,7 +23,7 @@ from ..ops.triton import tiles
 from ..ops.triton.tiles import Row, Tile
 from .compare.inputs import require
 
-BATCHES = (1, 8, 32, 64, 256)
+BATCHES = (1, 2, 4, 8, 32, 64, 256)
 COLD = 4  # times the L2 cache: what the layers' states take together at least, so that none is found there
 MEMORY_SHARE = 0.6  # of the free memory, at most
 MAX_LAYERS = 64
@@ -67,7 +67,7 @@ def tune(
         shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
         times: dict[Tile, float] = {}
         for tile in candidates(device, batch, heads):
-            on_tile(f"batch {batch}: {tiles.in_words(tile)}")
+            on_tile(f"batch {batch}: {tile.block_v} columns, {tile.num_warps} warps{', clustered' * tile.clustered}")
             us = _time(layers, tile, device)
             if us is not None:
                 times[tile] = us
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device, heads = read_device(args.device), read_heads(args)
-    columns = (TextColumn("{task.description:<72}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<43}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         total = sum(len(candidates(device, batch, heads)) for batch in BATCHES)
         task, done = progress.add_task("", total=total), iter(range(total))

@@ -12,10 +12,11 @@ would cost digits where one of them is large.
 
 Once in N steps what waits is folded into S, at the start of a step and before S is used. A cursor a key head of a
 sequence counts what waits and the steps that are left before it is folded. One program owns it as it owns that head's
-taps: no other reads it, so it needs neither atomics nor a launch of its own, and a captured graph that is replayed
-advances it. A new ring spreads the folds (`new_ring`): an N-th of the heads folds at each step, so that no token is
-slower than the others, but for the last ones of a launch. A launch ends when its last program does, so a fold among
-those would be waited for at every step; they fold at the same step, a different one in each layer.
+taps, or one of a cluster changes it after all have read it: so it needs neither atomics nor a launch of its own, and a
+captured graph that is replayed advances it. A new ring spreads the folds (`new_ring`): an N-th of the heads folds at
+each step, so that no token is slower than the others, but for the last ones of a launch. A launch ends when its last
+program does, so a fold among those would be waited for at every step; they fold at the same step, a different one in
+each layer.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def read_nvidia(compiled: Any) -> dict[str, int]:
 
 
 def clusters(instructions: list[str]) -> dict[str, int]:
-    """Of a cluster's barrier: how often it is passed, loads after arriving at it, and stores after waiting for it.
+    """Of a cluster's barrier: how often it is passed, and what is loaded and stored before and after.
 
     Volatile loads are those of what other programs leave.
     """
@@ -129,6 +129,7 @@ def clusters(instructions: list[str]) -> dict[str, int]:
         return {"cluster barriers": len(arrive) + len(wait)}
     return {
         "cluster barriers": len(wait),
+        "stores before arriving": sum(x.startswith("STG") for x in instructions[: arrive[0]]),
         "loads after arriving": sum(x.startswith("LDG") for x in instructions[arrive[0] :]),
         "volatile loads after waiting": len(re.findall(r"^LDG\S*\.STRONG", "\n".join(instructions[wait[0] :]), re.M)),
         "stores after waiting": sum(x.startswith("STG") for x in instructions[wait[0] :]),

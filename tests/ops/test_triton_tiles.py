@@ -105,6 +105,16 @@ def test_tables_from_before_there_were_clusters_are_read(cache: Path) -> None:
     assert tiles.lookup("sm_90", "Mine", 1, 128) == Tile(32, 4)
 
 
+def test_a_tuned_row_for_more_work_does_not_stand_in_for_one_that_does_not_suit(cache: Path) -> None:
+    tuned = {64: Tile(32, 1, clustered=True), 10**12: Tile(128, 8)}
+    cache.parent.mkdir(parents=True)
+    rows = [{"device": "Mine", "max_work": work, **tile._asdict()} for work, tile in tuned.items()]
+    cache.write_text(json.dumps({"tile": rows}))
+    assert tiles.lookup("sm_90", "Mine", 16, 128, value_heads=2) == tuned[64]
+    assert tiles.lookup("sm_90", "Mine", 16, 128, value_heads=4) == Tile(64, 2, clustered=True)  # as shipped
+    assert tiles.lookup("sm_90", "Mine", 65, 128, value_heads=4) == tuned[10**12]
+
+
 def test_a_tuned_table_of_clusters_alone_leaves_other_heads_to_the_shipped_one(cache: Path) -> None:
     row = {"device": "Mine", "max_work": 10**12, **Tile(128, 4, clustered=True)._asdict()}
     cache.parent.mkdir(parents=True)

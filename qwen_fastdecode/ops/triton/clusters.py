@@ -1,8 +1,9 @@
 """Launches a kernel's programs in thread block clusters: the only place that knows how Triton's launcher is told.
 
 Triton launches in clusters what it compiles with `num_ctas`, and then spreads each tile over the programs of a cluster.
-A kernel whose programs keep their tiles to themselves and only wait for one another (`value_head`) is compiled for one,
-and the launcher told of several: all that it reads of them is their number, in the metadata of the compiled kernel.
+A kernel whose programs keep their tiles to themselves and only meet at a barrier (`value_head`, `deferred`) is compiled
+for one, and the launcher told of several: all that it reads of them is their number, in the metadata of the compiled
+kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def device_reason(device: torch.device) -> str | None:
 def launcher_reason() -> str | None:
     """Why the launcher of this Triton cannot be told of clusters; None if it takes its numbers as it did when reviewed.
 
-    One that took no notice would launch programs alone, which `value_head` makes trap.
+    One that took no notice would launch programs alone, which the barrier makes trap.
     """
     from triton.backends.nvidia.compiler import CUDABackend  # builds for AMD alone may have none
 

@@ -49,7 +49,7 @@ FLOAT32 = Tuned(
     few=DeferredTile(4, 4, prefetch=True, clustered=True),
 )
 OTHER = Tuned(DeferredTile(2, 8, prefetch=True), N=8, least_work=256, together=8)
-FEW = 2  # value heads a multiprocessor: so many programs of `few` fit at once
+FEW = 2  # value heads a multiprocessor: so many programs of `few` fit at once (of Qwen3.5-4B's heads, 8 sequences)
 INTERPRETED_TOGETHER = 3  # few, so that in tests others fold at their own steps
 
 

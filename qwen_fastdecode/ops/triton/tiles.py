@@ -51,24 +51,30 @@ def lookup(
 
     The one tuned on that kind of GPU, else the one shipped for it, else the one shipped for its architecture; a dtype
     for which none of them has rows takes the tiles of float32 states. Clustered tiles are passed over where they do not
-    suit these heads, or there are no `clusters`.
+    suit these heads, or there are no `clusters`: of shipped ones the next row then counts, which is for other heads;
+    a tuned table was tuned for one kind of heads, and its next row is for more work.
     """
-    tables = (
-        table
-        for dtype in dict.fromkeys((state, "float32"))
-        for table in (tuned(dtype).get(device_name), shipped(dtype).get(device_name), shipped(dtype).get(closest(arch)))
-    )
-    suitable = (
-        [row for row in table or () if suits(row.tile, DV, value_heads) and (clusters or not row.tile.clustered)]
-        for table in tables
-    )
-    rows = next(filter(None, suitable))
-    return fit(next((row.tile for row in rows if work <= row.max_work), rows[-1].tile), DV)
+
+    def suitable(row: Row) -> bool:
+        return suits(row.tile, DV, value_heads) and (clusters or not row.tile.clustered)
+
+    found: list[Row] = []
+    for dtype in dict.fromkeys((state, "float32")):
+        own = tuned(dtype).get(device_name)
+        found += filter(suitable, [_covering(own, work)] if own else [])
+        for name in (device_name, closest(arch)):
+            rows = [*filter(suitable, shipped(dtype).get(name, ()))]
+            found += [_covering(rows, work)] if rows else []
+    return fit(found[0].tile, DV)
+
+
+def _covering(rows: list[Row], work: int) -> Row:
+    return next((row for row in rows if work <= row.max_work), rows[-1])
 
 
 def suits(tile: Tile, DV: int, value_heads: int) -> bool:
     """Whether programs can have such a tile: of a clustered one, all those of a key head's tiles fit a cluster."""
-    return not tile.clustered or value_heads * parts(tile, DV) <= CLUSTER
+    return not tile.clustered or (DV <= WIDEST_CLUSTERED and value_heads * parts(tile, DV) <= CLUSTER)
 
 
 def parts(tile: Tile, DV: int) -> int:
