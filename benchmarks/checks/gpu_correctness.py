@@ -109,10 +109,13 @@ def _device_cases() -> Iterator[Case]:
     yield Case("deterministic, ragged", _is_deterministic, Shape(B=5, lengths=(3, 0, 9, 1, 4)))
     yield Case("graph replay equals eager", _replays_as_eager, Shape(B=32))
     yield Case("graph replay equals eager, few sequences", _replays_as_eager, Shape(B=4))
+    yield Case("graph replay equals eager, one sequence", _replays_as_eager, Shape(B=1))
     for R in (2, 3, 8):
         yield Case(f"taps are shifted once, R{R}, few sequences", _shifts_once, Shape(B=7, R=R))
+        yield Case(f"taps are shifted once, R{R}, one sequence", _shifts_once, Shape(B=1, R=R))
     yield Case("side stream", _runs_on_side_stream, Shape(B=32))
     yield Case("NaN stays in its sequence", _contains_nan, Shape(B=8))
+    yield Case("NaN stays in its sequence, of two", _contains_nan, Shape(B=2))
     yield Case("batch 4096, 32 heads: offsets past 2^31", _addresses_large_batch, Shape(B=4096))
     yield Case("taps whose channels lie 2^18 apart: offsets past 2^31", _equals_reference, Shape(B=1, cropped=2**18))
     yield Case("projections that return transposed products", _reads_transposed_projections, Shape(B=7))
