@@ -131,26 +131,7 @@ def test_what_programs_of_a_key_head_share_is_changed_by_one_of_them_after_all_h
     run = Run(3, partial(decode_deferred_triton, tile=TILES["a value head"]), R=2, B=3, margin=4)
     for _ in range(steps_before):
         run.token()
-    for touched in (trace.reads, trace.writes):
-        touched.clear()
-    trace.barriers.clear()
-    last_read: dict[tuple, dict[int, int]] = {}  # of a program and an address: barriers passed by then
-    first_written: dict[tuple, dict[int, int]] = {}
-    note = trace.note
-
-    def counted(kind: str, pointers, mask) -> None:
-        program, reads, writes = trace.program(), trace.reads[trace.program()], trace.writes[trace.program()]
-        seen = last_read.setdefault(program, {}), first_written.setdefault(program, {})
-        before = set(reads), set(writes)
-        reads.clear(), writes.clear()
-        note(kind, pointers, mask)
-        seen[0].update(dict.fromkeys(reads, trace.barriers[program]))
-        for address in writes:
-            seen[1].setdefault(address, trace.barriers[program])
-        reads |= before[0]
-        writes |= before[1]
-
-    trace.note = counted  # type: ignore[method-assign]
+    trace.forget()
     run.token()
     shared = trace.shared()
     s, ring = run.step, run.ring
@@ -160,11 +141,10 @@ def test_what_programs_of_a_key_head_share_is_changed_by_one_of_them_after_all_h
         inside = range(part.data_ptr(), part.data_ptr() + part.nbytes)
         assert not any(address in inside for address in shared)
     for program, passed in trace.barriers.items():
-        arrive, wait = passed - 1, passed  # the last two
-        assert all(n < arrive for address, n in last_read[program].items() if address in shared)
-        written = {address: n for address, n in first_written[program].items() if address in shared}
-        assert bool(written) == (program[1] % s.R == s.R - 1)
-        assert all(n == wait for n in written.values())
+        arrived, waited = passed - 1, passed  # the last two
+        assert all(barriers < arrived for barriers in trace.when("read", shared, program))
+        last = program[1] % s.R == s.R - 1
+        assert trace.when("written", shared, program) == ({waited} if last else set())
 
 
 @pytest.mark.parametrize("sizes", [{}, {"DK": 24, "DV": 40}, {"DV": 9}], ids=str)

@@ -31,8 +31,8 @@ class Trace:
         self.unfenced: dict[tuple, set[int]] = defaultdict(set)  # read since the program's last barrier
         self.overtaking: set[int] = set()  # written with no barrier after being read
         self.barriers: dict[tuple, int] = defaultdict(int)  # that a program has passed
-        # kind -> number of barriers that the program had passed in its launch -> addresses
-        self.touched: dict[str, dict[int, set[int]]] = {"read": defaultdict(set), "written": defaultdict(set)}
+        # kind, program, number of barriers that it had passed in its launch -> addresses
+        self.touched: dict[tuple[str, tuple, int], set[int]] = defaultdict(set)
 
     def program(self) -> tuple:
         return (self.launch, *interpreter_builder.grid_idx)
@@ -43,7 +43,7 @@ class Trace:
         inside = (addresses >= self.counted.start) & (addresses < self.counted.stop)
         self.traffic[kind] += int(inside.sum()) * size
         touched = {int(address) + offset for address in addresses for offset in range(0, size, 2)}
-        self.touched[kind][self.barriers[self.program()]] |= touched
+        self.touched[kind, self.program(), self.barriers[self.program()]] |= touched
         if kind == "read":
             self.reads[self.program()] |= touched
             self.unfenced[self.program()] |= touched
@@ -51,9 +51,18 @@ class Trace:
             self.overtaking |= touched & self.unfenced[self.program()]
             self.writes[self.program()] |= touched
 
-    def when(self, kind: str, addresses: set[int]) -> set[int]:
-        """After how many of its barriers a program touched any of them."""
-        return {barriers for barriers, touched in self.touched[kind].items() if touched & addresses}
+    def when(self, kind: str, addresses: set[int], program: tuple | None = None) -> set[int]:
+        """After how many of its barriers that program, or any, touched any of them."""
+        return {
+            barriers
+            for (how, whose, barriers), touched in self.touched.items()
+            if how == kind and program in (None, whose) and touched & addresses
+        }
+
+    def forget(self) -> None:
+        """All that programs did so far."""
+        for noted in (self.reads, self.writes, self.barriers, self.touched):
+            noted.clear()
 
     def shared(self) -> set[int]:
         """Addresses that one program writes and another reads or writes."""
