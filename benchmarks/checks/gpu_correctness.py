@@ -22,7 +22,8 @@ from qwen_fastdecode.ops.reference import decode_reference
 from qwen_fastdecode.ops.step import Weights
 from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.clusters import clusters_reason
-from qwen_fastdecode.ops.triton.launch import INTERPRETED, decode_triton
+from qwen_fastdecode.ops.triton.gpu import INTERPRETED
+from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
 from qwen_fastdecode.upstream.families import FAMILIES, HeadSizes, Parts, reader
 

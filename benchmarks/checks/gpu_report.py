@@ -27,7 +27,7 @@ SAME = ("device", "torch", "triton", "transformers", "flash-linear-attention", "
 # By their hash, as a copy of the tree may come without its history.
 KERNELS = [
     Path(triton_kernel.__file__).with_name(name)
-    for name in ("kernel.py", "value_head.py", "parts.py", "barrier.py", "tiles.toml")
+    for name in ("kernel.py", "value_head.py", "deferred.py", "parts.py", "barrier.py", "tiles.toml")
 ]
 PEERS = ("flash-linear-attention", "causal-conv1d", "vllm", "sglang", "flashinfer-python")
 

@@ -18,7 +18,8 @@ from benchmarks.checks.gpu_report import write_section
 from benchmarks.op.gpu_clock import host_us
 from benchmarks.op.gpu_layers import Stack, Workload, installed_kernels, pytorch_functions
 from qwen_fastdecode.ops import gated_delta_decode
-from qwen_fastdecode.ops.triton.launch import INTERPRETED, decode_triton
+from qwen_fastdecode.ops.triton.gpu import INTERPRETED
+from qwen_fastdecode.ops.triton.launch import decode_triton
 
 FEW = 20  # calls of upstream, which launches dozens of kernels each: no more than the launch queue takes
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen_fastdecode.ops import step as op
 from qwen_fastdecode.ops.reference import decode_reference
-from qwen_fastdecode.ops.triton.launch import INTERPRETED
+from qwen_fastdecode.ops.triton.gpu import INTERPRETED
 
 NAN = float("nan")
 # Bounds on the relative error of any value head against float64. float32 sums over 128 products cost about 1e-6, and

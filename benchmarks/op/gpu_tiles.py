@@ -15,8 +15,8 @@ from benchmarks.op.gpu_clock import Replay, copy_bandwidth, device_us
 from benchmarks.op.gpu_layers import Stack, Workload, how_many_layers, release_memory
 from benchmarks.op.gpu_step import check_picked
 from benchmarks.op.gpu_table import shown
+from qwen_fastdecode.ops.triton import gpu, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
-from qwen_fastdecode.ops.triton import tiles
 from qwen_fastdecode.ops.triton.clusters import clusters_reason
 from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
@@ -61,14 +61,14 @@ def measure_grid(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
     """The shipped tile at a large batch, on grids of other sizes."""
     w = workloads(dry_run)[-1] if dry_run else Workload(512, 32)
     stack = Stack(w, 2 if dry_run else 8, device)
-    rows, shipped = [], triton_backend.PROGRAMS_PER_SM
+    rows, shipped = [], gpu.PROGRAMS_PER_SM
     for programs in (4, 8, 16, 32, 64, 1 << 20):
-        triton_backend.PROGRAMS_PER_SM = programs
+        gpu.PROGRAMS_PER_SM = programs
         triton_backend._prepared.clear()  # launches are kept with their grid
         steps = [stack.step(i) for i in range(len(stack.layers))]
         replay = Replay([partial(step.run, decode_triton) for step in steps], device)
         rows.append({**w.label(), "programs_per_sm": programs, "us": device_us(replay, device) / len(steps)})
-    triton_backend.PROGRAMS_PER_SM = shipped
+    gpu.PROGRAMS_PER_SM = shipped
     triton_backend._prepared.clear()
     return rows
 

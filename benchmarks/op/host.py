@@ -32,6 +32,7 @@ from benchmarks import hush  # noqa: F401
 from benchmarks.op.gpu_layers import Stack, Workload
 from qwen_fastdecode.ops.step import Step
 from qwen_fastdecode.ops.triton import launch
+from qwen_fastdecode.ops.triton.layout import places_of
 from qwen_fastdecode.upstream.families import FAMILIES
 
 LAYERS = 8  # of one model: they share what was prepared
@@ -83,7 +84,7 @@ def _no_launch() -> Iterator[None]:
 
     def stand_in(found: launch.Launch, shape: Any, step: Step, sources: Any, others: Any) -> Tensor:
         if id(found) not in prepared:
-            prepared[id(found)] = launch.places_of(step), found.after_out(None)
+            prepared[id(found)] = places_of(step), (*found.scratch(None), *found.last)
         places, after_out = prepared[id(found)]
         out = torch.empty(shape, dtype=step.sources[0].dtype, device=CPU)
         pointers = [sources[i] + offset for i, offset in places]

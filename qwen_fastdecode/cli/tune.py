@@ -67,7 +67,7 @@ def tune(
         shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
         times: dict[Tile, float] = {}
         for tile in candidates(device, batch, heads):
-            on_tile(f"batch {batch}: {tile.block_v} columns, {tile.num_warps} warps{', clustered' * tile.clustered}")
+            on_tile(f"batch {batch}: {tiles.in_words(tile)}")
             us = _time(layers, tile, device)
             if us is not None:
                 times[tile] = us

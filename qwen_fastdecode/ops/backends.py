@@ -46,7 +46,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     """Why the Triton kernel cannot run on `device`; None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (torch's builds for CUDA and ROCm bring it)"
-    from .triton.launch import unavailable_reason
+    from .triton.gpu import unavailable_reason
 
     return unavailable_reason(device)
 

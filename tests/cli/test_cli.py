@@ -24,7 +24,7 @@ from qwen_fastdecode.cli.compare import command
 from qwen_fastdecode.cli.compare.inputs import DEFAULT_PROMPTS
 from qwen_fastdecode.cli.main import main
 from qwen_fastdecode.ops import backends
-from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton import gpu
 
 ROOT = Path(__file__).parent.parent.parent
 CHECKPOINTS = ROOT / "examples" / "checkpoints"
@@ -208,7 +208,7 @@ def test_an_empty_prompt(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_backend_that_cannot_run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)  # as outside these tests
+    monkeypatch.setattr(gpu, "INTERPRETED", False)  # as outside these tests
     assert "backend='triton' cannot run on cpu" in rejected(capsys, TINY, *FEW, "--backend", "triton")
 
 

@@ -72,7 +72,8 @@ def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float3
     found.kernel.device_caches.clear()
     out = torch.empty(tensors[0].shape[0], HK * R * D, dtype=torch.bfloat16)
     squares = None if found.squares is None else torch.empty(found.squares)
-    compiled = found.kernel.warmup(*tensors, None, out, *found.after_out(squares), grid=(1,), **found.options)
+    every = *tensors, None, out, *found.scratch(squares), *found.last
+    compiled = found.kernel.warmup(*every, grid=(1,), **found.options)
     return compiled, found.cluster
 
 

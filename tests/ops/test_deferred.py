@@ -26,7 +26,7 @@ from qwen_fastdecode.ops.ring import (
 )
 from qwen_fastdecode.ops.step import check_step
 from qwen_fastdecode.ops.torch_cpu import decode_torch
-from qwen_fastdecode.ops.triton import deferred_launch
+from qwen_fastdecode.ops.triton import deferred_launch, gpu
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile, decode_deferred_triton, settle_triton
 from qwen_fastdecode.ops.triton.launch import decode_triton
 
@@ -251,8 +251,8 @@ def test_kernels_fold_when_the_ring_says() -> None:
 
 def test_the_tile_of_few_value_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as run at once; where there are no clusters, or a key head has too many of them, none."""
-    monkeypatch.setattr(deferred_launch, "INTERPRETED", False)
-    monkeypatch.setattr(deferred_launch, "multiprocessors", lambda _: 10)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 10)
     monkeypatch.setattr(deferred_launch, "clusters_reason", lambda _: None)
 
     def found(**sizes: object) -> DeferredTile:

@@ -13,7 +13,7 @@ from op_cases import NAMES, Case
 from qwen_fastdecode import BackendUnavailable
 from qwen_fastdecode.ops import gated_delta_decode
 from qwen_fastdecode.ops.backends import select_backend
-from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton import gpu
 
 # B 3, HK 2, R 2, DK 16, DV 16, W 4: C is 128.
 WRONG_SHAPES = {
@@ -123,7 +123,7 @@ def test_unknown_backend() -> None:
 
 
 def test_triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     case = Case()
     message = re.escape("backend='triton' cannot run on cpu: Triton needs a CUDA or ROCm device, not 'cpu'.")
     with pytest.raises(BackendUnavailable, match=message):
@@ -133,7 +133,7 @@ def test_triton_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_auto_on_the_cpu_is_pytorch(monkeypatch: pytest.MonkeyPatch, interpreted: bool) -> None:
     """Also under Triton's interpreter, which is for tests."""
-    monkeypatch.setattr(triton_backend, "INTERPRETED", interpreted)
+    monkeypatch.setattr(gpu, "INTERPRETED", interpreted)
     assert select_backend("auto", torch.device("cpu")).name == "torch"
     auto, asked = Case(), Case()
     assert torch.equal(auto.run(gated_delta_decode), gated_delta_decode(*asked.tensors.values(), backend="torch"))

@@ -13,16 +13,17 @@ from triton_step import Step, as_op
 
 from qwen_fastdecode.ops import prepared
 from qwen_fastdecode.ops.ring import new_ring
-from qwen_fastdecode.ops.triton import deferred_launch
+from qwen_fastdecode.ops.triton import deferred_launch, gpu
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton.deferred_launch import DeferredTile
-from qwen_fastdecode.ops.triton.launch import unavailable_reason
+from qwen_fastdecode.ops.triton.gpu import unavailable_reason
+from qwen_fastdecode.ops.triton.layout import Layout
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 
 @pytest.fixture
 def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """To set triton_backend.INTERPRETED_PROGRAMS, the grid's bound, and what else steps are prepared with."""
+    """To set what steps are prepared with: `gpu.INTERPRETED_PROGRAMS`, which bounds the grid, and the like."""
     for module in (triton_backend, deferred_launch):
         module._prepared.clear()
     yield monkeypatch
@@ -35,7 +36,7 @@ def test_a_program_takes_several_items(step: dict, programs: pytest.MonkeyPatch)
     """More work than programs: the result is the same, bit for bit, however the work is dealt out."""
     results = []
     for bound in (1, 2, 100):  # of 5 items
-        programs.setattr(triton_backend, "INTERPRETED_PROGRAMS", bound)
+        programs.setattr(gpu, "INTERPRETED_PROGRAMS", bound)
         triton_backend._prepared.clear()
         s = Step(B=5, HK=1, **step)
         results.append([s.run(), *s.bits()])
@@ -60,7 +61,7 @@ def test_grid_is_bounded(programs: pytest.MonkeyPatch) -> None:
         for name in "qkvzba":
             setattr(step, name, getattr(step, name).expand(B, *[-1] * (getattr(step, name).dim() - 1)))
         step.run()
-    assert grids == [(2, 1, 1), (triton_backend.INTERPRETED_PROGRAMS, 1, 1)]
+    assert grids == [(2, 1, 1), (gpu.INTERPRETED_PROGRAMS, 1, 1)]
 
 
 class Compiled:
@@ -94,9 +95,9 @@ def test_nothing_that_a_step_allocates_is_kept(tile: Tile | DeferredTile, progra
     for name in ("decode_token", "decode_value_head"):
         programs.setattr(triton_backend, name, compiled)
     programs.setattr(deferred_launch, "decode_deferred", compiled)
+    programs.setattr(gpu, "INTERPRETED", False)
+    programs.setattr(gpu, "max_programs_on", lambda _: 100)
     for module in (triton_backend, deferred_launch):
-        programs.setattr(module, "INTERPRETED", False)
-        programs.setattr(module, "max_programs_on", lambda _: 100)
         programs.setattr(module, "clusters_reason", lambda _: None)
         programs.setattr(module, "in_clusters", lambda kernel, _: kernel)
     programs.setattr(torch.cuda, "device", lambda _: nullcontext())
@@ -115,7 +116,7 @@ def test_nothing_that_a_step_allocates_is_kept(tile: Tile | DeferredTile, progra
     assert alive <= {id(x) for x in (*s.tensors, *step.tokens, *ring)}
 
 
-def layout_of(step: Step) -> triton_backend.Layout:
+def layout_of(step: Step) -> Layout:
     return triton_backend.describe(*as_op(step.tensors, step.options), Tile(16, 4), 100).layout
 
 
@@ -190,7 +191,7 @@ def test_availability() -> None:
 def test_availability_outside_the_interpreter(
     device: str, finds_gpu: bool, capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: finds_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     found = unavailable_reason(torch.device(device))

@@ -15,6 +15,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
 from triton_step import Step
 
+from qwen_fastdecode.ops.triton import gpu
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton.tiles import Tile
 
@@ -100,7 +101,7 @@ def trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trace]:
 def one_item_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many programs as there is work."""
     triton_backend._prepared.clear()
-    monkeypatch.setattr(triton_backend, "INTERPRETED_PROGRAMS", 1000)
+    monkeypatch.setattr(gpu, "INTERPRETED_PROGRAMS", 1000)
     yield
     triton_backend._prepared.clear()
 

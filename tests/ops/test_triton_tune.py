@@ -14,7 +14,7 @@ from qwen_fastdecode.cli import tune
 from qwen_fastdecode.cli.arguments import build_parser
 from qwen_fastdecode.cli.tune import Heads, Measured
 from qwen_fastdecode.errors import BadInput
-from qwen_fastdecode.ops.triton import clusters, tiles
+from qwen_fastdecode.ops.triton import clusters, gpu, tiles
 from qwen_fastdecode.ops.triton import launch as triton_backend
 from qwen_fastdecode.ops.triton.tiles import Tile
 
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 
 
 def test_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     args = command("--device", "cpu")
     with pytest.raises(BackendUnavailable, match="nothing to tune on cpu: Triton needs a CUDA or ROCm device"):
         args.run(args)

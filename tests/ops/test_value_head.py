@@ -14,7 +14,7 @@ from tolerances import FLOAT32, relative_rms
 from triton.backends.nvidia.compiler import CUDABackend
 from triton_step import Step, as_op
 
-from qwen_fastdecode.ops.triton import launch, tiles
+from qwen_fastdecode.ops.triton import gpu, launch, tiles
 from qwen_fastdecode.ops.triton.clusters import in_clusters, launcher_reason
 from qwen_fastdecode.ops.triton.kernel import decode_token
 from qwen_fastdecode.ops.triton.tiles import Row, Tile
@@ -232,8 +232,8 @@ def test_a_refusal_says_how_many_programs_a_head_would_take() -> None:
 @pytest.mark.parametrize("R", [1, 2])
 def test_where_there_are_no_clusters_a_clustered_tile_is_refused(R: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that is alone in its cluster, too: older GPUs do not know its instructions."""
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(launch, "max_programs_on", lambda device: 100)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "max_programs_on", lambda device: 100)
     monkeypatch.setattr(launch, "clusters_reason", lambda device: "clusters need compute capability 9.0")
     launch._prepared.clear()  # of other tests' steps of this kind
     with pytest.raises(ValueError, match="tile: got a clustered one, but clusters need compute"):

@@ -13,7 +13,7 @@ from torch import nn
 
 import qwen_fastdecode as qf
 from qwen_fastdecode.names import PLAN
-from qwen_fastdecode.ops.triton import launch as triton_backend
+from qwen_fastdecode.ops.triton import gpu
 
 NEW = 4
 
@@ -122,7 +122,7 @@ def test_layers_of_an_unsupported_family_are_named() -> None:
 @pytest.mark.parametrize("model", [None, "tiny"])
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_backend_that_cannot_run_is_refused(model: str | None, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)  # as outside these tests
+    monkeypatch.setattr(gpu, "INTERPRETED", False)  # as outside these tests
     model = model and build()
     with pytest.raises(qf.BackendUnavailable, match=r"backend='triton' cannot run on .*cpu"):
         qf.patch(model, backend="triton", strict=strict)

@@ -12,10 +12,10 @@ from ...errors import UnsupportedStep
 from ..prepared import Prepared
 from ..ring import Kind, Ring, check_deferred, check_kind, check_ring, kind_of
 from ..step import Recipe, Step, StepShapes
-from . import tiles
+from . import gpu, tiles
 from .clusters import clusters_reason, in_clusters
 from .deferred import decode_deferred, settle_states
-from .launch import INTERPRETED, check_arguments, layout_of, max_programs_on, numbers_of, places_of
+from .layout import check_arguments, layout_of, numbers_of, places_of
 from .tiles import Tile
 
 
@@ -54,7 +54,7 @@ INTERPRETED_TOGETHER = 3  # few, so that in tests others fold at their own steps
 
 
 class SettleLayout(NamedTuple):
-    """What `settle_states` is compiled for: those fields of `launch.Layout` that it reads."""
+    """What `settle_states` is compiled for: those fields of `layout.Layout` that it reads."""
 
     HK: int
     R: int
@@ -121,16 +121,17 @@ def describe(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None, 
     _, _, *strides = numbers_of(s, step, items)
     block_n, parts = 1 << (N - 1).bit_length(), min(tile.parts, layout.BLOCK_K)
     rest = items, *strides, layout, N, block_n, parts, s.R // cluster, tile.prefetch
-    return DeferredLaunch((min(items, most), 1, 1), rest, _options(tile), cluster)
+    options = gpu.compile_options(tile.num_warps, tile.max_registers)
+    return DeferredLaunch((min(items, most), 1, 1), rest, options, cluster)
 
 
 def _prepare(step: Step, recipe: Recipe, kind: Kind, tile: DeferredTile | None) -> _Launch:
     """Checks and compiles for one kind of steps and rings; returns what launches it."""
     v, (_, dtypes, *_) = step.tokens.v, kind
     device, dtype = v.device, v.dtype
-    grid, rest, options, cluster = describe(step, recipe, kind, tile, max_programs_on(device))
+    grid, rest, options, cluster = describe(step, recipe, kind, tile, gpu.max_programs_on(device))
     shape = v.shape[0], recipe.heads[1] * v.shape[3]
-    if INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
+    if gpu.INTERPRETED:  # clusters are the launcher's: here all their programs are on the grid
         grid = (grid[0] * cluster, 1, 1)
 
         def interpret(step: Step, ring: Ring, *_: Any) -> Tensor:
@@ -170,7 +171,7 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
     check_ring(ring, recurrent_state)
     (B, HV, DK, DV), HK = recurrent_state.shape, ring.k.shape[1]
     tile = tile or tuned(recurrent_state.dtype).tile
-    items, most = B * HK, max_programs_on(recurrent_state.device)
+    items, most = B * HK, gpu.max_programs_on(recurrent_state.device)
     layout = SettleLayout(
         HK=HK,
         R=HV // HK,
@@ -182,8 +183,9 @@ def settle_triton(recurrent_state: Tensor, ring: Ring, tile: DeferredTile | None
         BLOCK_V=tiles.power_of_two(DV),
     )
     rest = items, recurrent_state.stride(0), layout, ring.N, min(tile.parts, layout.BLOCK_K)
+    options = gpu.compile_options(tile.num_warps, tile.max_registers)
     with torch.cuda.device(recurrent_state.device if recurrent_state.is_cuda else -1):
-        settle_states[(min(items, most), 1, 1)](recurrent_state, *ring, *rest, **_options(tile))
+        settle_states[(min(items, most), 1, 1)](recurrent_state, *ring, *rest, **options)
 
 
 def tuned(state: torch.dtype) -> Tuned:
@@ -194,10 +196,10 @@ def tuned(state: torch.dtype) -> Tuned:
 def table_tile(step: Step, s: StepShapes) -> DeferredTile:
     """What is best for a step."""
     best, device = tuned(step.states.recurrent.dtype), step.tokens.v.device
-    if best.few is None or not _suits(best.few, s) or INTERPRETED or clusters_reason(device) is not None:
+    if best.few is None or not _suits(best.few, s) or gpu.INTERPRETED or clusters_reason(device) is not None:
         return best.tile
     value_heads = s.B * s.HV
-    return best.few if value_heads <= FEW * multiprocessors(device) else best.tile
+    return best.few if value_heads <= FEW * gpu.multiprocessors(device) else best.tile
 
 
 def _suits(tile: DeferredTile, s: StepShapes) -> bool:
@@ -207,18 +209,6 @@ def _suits(tile: DeferredTile, s: StepShapes) -> bool:
 
 def together(state: torch.dtype, device: torch.device) -> int:
     """How many of a launch's last programs fold at the same step."""
-    if INTERPRETED:
+    if gpu.INTERPRETED:
         return INTERPRETED_TOGETHER
-    return tuned(state).together * multiprocessors(device)
-
-
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _options(tile: DeferredTile) -> dict[str, Any]:
-    """Triton's compile options."""
-    found = {"num_warps": tile.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    if tile.max_registers and torch.version.hip is None:  # a CUDA option
-        found["maxnreg"] = tile.max_registers
-    return found
+    return tuned(state).together * gpu.multiprocessors(device)

@@ -8,7 +8,7 @@ arXiv:2412.06464 with both products taken from the old state):
     p = S^T k,  r = S^T q,  delta = beta * (v - decay * p),  o = decay * r + (q.k) * delta,  S <- decay * S + k delta^T
 
 Sizes: HK key heads, R value heads a key head, DK x DV state a value head, W convolution taps (the oldest first).
-`L` is the `launch.Layout` of a call: all that the kernel is compiled for. Arguments whose names end in _token,
+`L` is the `layout.Layout` of a call: all that the kernel is compiled for. Arguments whose names end in _token,
 _sequence or _channel are strides; `items` is sequences x key heads.
 """
 
