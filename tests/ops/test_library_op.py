@@ -6,6 +6,8 @@ import pytest
 import torch
 from triton_step import Step, as_op
 
+from qwen_fastdecode.errors import UnsupportedStep
+from qwen_fastdecode.ops.decode import gated_delta_decode
 from qwen_fastdecode.ops.library import decode_registered
 from qwen_fastdecode.ops.torch_cpu import decode_torch
 
@@ -62,7 +64,7 @@ def test_compiled_steps_are_one_graph_without_recompiling(compiler: str) -> None
     def decode(x: torch.Tensor, s: Step) -> torch.Tensor:
         q, k, v, z = torch.nn.functional.linear(x, weight).unflatten(1, (2, -1)).split([16, 16, 32, 32], dim=2)
         tensors = (q, k, v.unflatten(2, (2, 16)), z.unflatten(2, (2, 16)), *s.tensors[4:])
-        return decode_registered(*as_op(tensors, s.options), "torch")
+        return gated_delta_decode(*tensors, **s.options, backend="torch")
 
     compiled = torch.compile(decode, backend=compiler, fullgraph=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
@@ -70,3 +72,18 @@ def test_compiled_steps_are_one_graph_without_recompiling(compiler: str) -> None
             assert torch.equal(compiled(x, step), decode(x, eager))
     assert torch.equal(step.conv_state, eager.conv_state)
     assert torch.equal(step.recurrent_state, eager.recurrent_state)
+
+
+def test_a_compiled_step_refuses_what_an_eager_one_does() -> None:
+    torch._dynamo.reset()
+    step = Step()
+
+    def decode(*tensors: torch.Tensor) -> torch.Tensor:
+        return gated_delta_decode(*tensors, **step.options, backend="torch")
+
+    compiled = torch.compile(decode, backend="eager")
+    *tensors, norm_weight = step.tensors
+    with pytest.raises(UnsupportedStep, match="norm_weight"):
+        compiled(*tensors, norm_weight[1:])
+    with pytest.raises(ValueError, match="no gradient"):
+        compiled(*tensors, norm_weight.clone().requires_grad_())
