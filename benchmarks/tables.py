@@ -16,14 +16,15 @@ from benchmarks.markdown import table
 RESULTS = Path(__file__).resolve().parent / "results"
 SOURCES = {
     "models": "h100-2026-11-27",  # generate-*.json
+    "models again": "h100-2026-11-27-again",  # the same with a later kernel, on a slower host
     "graph": "h100-2026-11-27",  # graph.json
-    "step": "h100-2026-11-27",  # speed.json
+    "step": "h100-2026-11-27-again",  # speed.json
     "ranks": "h100x2-2026-11-24",
     "captured ranks": "h100x2-2026-11-27",  # tp-graph.json
     "cpu": "cpu-2026-11-23",
     "states": "state-dtype-cpu-2026-11-24",
-    "deferred": "h100-2026-11-26-deferred-8",  # deferred-models.json
-    "deferred steps": "h100-2026-11-27-parts",  # deferred-op.json
+    "deferred": "h100-2026-11-27-again",  # deferred-models.json
+    "deferred steps": "h100-2026-11-27-again",  # deferred-op.json
 }
 MODELS = {
     "qwen3_5, hidden 2560, 32 layers": "dense: Qwen3.5-4B's shape",
@@ -70,27 +71,27 @@ def _code(of: dict[str, Any]) -> str:
     return f"code of {of['date']}, kernel {of['kernel']}"
 
 
-def whole_models() -> tuple[dict[str, Any], Rows]:
+def whole_models(source: str = "models") -> tuple[dict[str, Any], Rows]:
     """The machine, and the rows of all whole models that have figures; `error` rows have none.
 
     Raises FileNotFoundError where there are no results, and ValueError where they are of several machines.
     """
-    files = _model_files()
+    files = _model_files(source)
     of = {}
     for key in next(iter(files.values()))["machine"]:
         values = {name: file["machine"][key] for name, file in files.items()}
         alike = len({*values.values()}) == 1
         of[key] = next(iter(values.values())) if alike else " and ".join(f"{v} ({name})" for name, v in values.items())
     if any(file["machine"]["device"] != of["device"] for file in files.values()):
-        raise ValueError(f"{_folder('models')}: one table cannot be of {of['device']}")
+        raise ValueError(f"{_folder(source)}: one table cannot be of {of['device']}")
     return of, [row for file in files.values() for row in file["results"] if "error" not in row]
 
 
-def _model_files() -> dict[str, dict[str, Any]]:
+def _model_files(source: str = "models") -> dict[str, dict[str, Any]]:
     """By the model's short name. Raises FileNotFoundError where there are none."""
-    paths = sorted(_folder("models").glob("generate-*.json"))
+    paths = sorted(_folder(source).glob("generate-*.json"))
     if not paths:
-        raise FileNotFoundError(f"{_folder('models')} holds no generate-*.json")
+        raise FileNotFoundError(f"{_folder(source)} holds no generate-*.json")
     return {path.stem.removeprefix("generate-"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -188,13 +189,29 @@ def first_tokens() -> str:
 def device_time() -> str:
     """What the GPU itself has to do for one token of every sequence."""
     _, rows = whole_models()
-    return _sides_by_batch("GPU time of a token, ms (less is better)", rows, "device_ms", SIDES, {})
+    found = _sides_by_batch("GPU time of a token, ms (less is better)", rows, "device_ms", SIDES, {})
+    return f"{found}\n\n{_measured_again(rows)}"
+
+
+def _measured_again(rows: Rows) -> str:
+    """How far the GPU time of patched models is from that of the later run, which may have another kernel and host."""
+    of, later = whole_models("models again")
+    before, after = (
+        {(row["model"], row["side"], row["batch"]): row["device_ms"] for row in found if row["side"] in COMPARED}
+        for found in (rows, later)
+    )
+    both = before.keys() & after.keys()
+    apart = max(abs(after[cell] / before[cell] - 1) for cell in both)
+    return (
+        f"[Measured again](../benchmarks/results/{SOURCES['models again']}) with kernel {of['kernel']}, {len(both)} of "
+        f"the {len(before)} patched cells: all within {100 * apart:.1f} %."
+    )
 
 
 def step() -> str:
     """One gated DeltaNet step, by CUDA graph and as an eager call, beside what was measured in the same run."""
-    data = load("step", "speed.json")
-    rows: Rows = [row for row in data["results"]["rows"] if row["HV"] == 32 and row["state"] == "float32"]
+    data, kind = load("step", "speed.json"), {"family": "qwen3_5", "HV": 32, "state": "float32"}
+    rows: Rows = [row for row in data["results"]["rows"] if kind.items() <= row.items()]
     others = {"upstream, PyTorch": "faster than Transformers", "upstream, installed kernels": "... with fla"}
     others = {name: words for name, words in others.items() if any(name in row["graph_us"] for row in rows)}
     lines = []

@@ -96,6 +96,17 @@ def test_a_table_of_sides_says_how_many_times_and_leaves_out_what_was_not_measur
 
 
 @pytest.mark.usefixtures("whole_models")
+def test_a_later_run_is_compared_in_the_cells_that_both_have(tmp_path: Path) -> None:
+    """Of patched sides alone: what Transformers takes says nothing about a kernel of ours."""
+    folder = tmp_path / tables.SOURCES["models again"]
+    folder.mkdir()
+    rows = [{**measured("cuda_graph", 8, 800), "device_ms": 2.7}, {**measured("eager", 8, 100), "device_ms": 30.0}]
+    file = {"machine": {"device": "A GPU, 8 GiB", "kernel": "def"}, "results": rows}
+    (folder / "generate-dense.json").write_text(json.dumps(file), encoding="utf-8")
+    assert "with kernel def, 1 of the 2 patched cells: all within 10.0 %." in tables.device_time()
+
+
+@pytest.mark.usefixtures("whole_models")
 def test_the_chart_has_a_bar_for_what_was_measured_alone() -> None:
     drawn = [text.text for text in ElementTree.fromstring(tables.chart()).iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in drawn if text and text.endswith("x")] == ["1.00x", "2.00x", "6.00x", "1.00x", "8.00x"]
