@@ -33,15 +33,18 @@ D, HK, R = 128, 16, 2  # the real sizes
 
 
 def shipped(arch: str, state: str) -> dict[str, Tile]:
-    """The tiles of the table for one architecture and dtype of states, and the one for several tokens a sequence."""
+    """The tiles that states of a dtype get on an architecture, and the one for several tokens a sequence.
+
+    Where there is none for their dtype, bfloat16 states get those of float32.
+    """
     gpus = [arch, *(gpu for gpu, built_as in KINDS.items() if built_as == arch)]
-    tables = {gpu: tiles.shipped(state).get(gpu, []) for gpu in gpus}
+    tables = {gpu: tiles.shipped(state).get(gpu) or tiles.shipped().get(gpu, []) for gpu in gpus}
     found = {
         f"{gpu}, {row.tile.block_v} columns up to {row.max_work}": row.tile
         for gpu, rows in tables.items()
         for row in rows
     }
-    return found if state == "bfloat16" else {**found, "several tokens": tiles.whole_head(D)}
+    return {**found, "several tokens": tiles.whole_head(D)}
 
 
 def arguments(T: int, state: torch.dtype = torch.float32, R: int = R) -> tuple[torch.Tensor, ...]:
