@@ -210,8 +210,8 @@ def _measured_again(rows: Rows) -> str:
 
 def step() -> str:
     """One gated DeltaNet step, by CUDA graph and as an eager call, beside what was measured in the same run."""
-    data, kind = load("step", "speed.json"), {"family": "qwen3_5", "HV": 32, "state": "float32"}
-    rows: Rows = [row for row in data["results"]["rows"] if kind.items() <= row.items()]
+    data = load("step", "speed.json")
+    rows, halves = (_steps(data["results"]["rows"], state) for state in ("float32", "bfloat16"))
     others = {"upstream, PyTorch": "faster than Transformers", "upstream, installed kernels": "... with fla"}
     others = {name: words for name, words in others.items() if any(name in row["graph_us"] for row in rows)}
     lines = []
@@ -219,12 +219,24 @@ def step() -> str:
         graph, eager = row["graph_us"], row["eager_us"]
         line = [str(row["batch"]), amount(graph["ours"]), *(_over(graph, name) for name in others)]
         line += [times(graph["ours"] / row["floor_us"]), amount(eager["ours"])]
-        lines.append([*line, *(_over(eager, name) for name in others)])
+        lines.append([*line, *(_over(eager, name) for name in others), _of_floor(halves, row["batch"])])
     head = ["batch", "graph, us", *others.values(), "of the floor (less is better)", "eager, us", *others.values()]
+    head.append("bfloat16 states: graph, us (of their floor)")
     bandwidth = data["results"]["copy_bandwidth"] / 1e12
     of = data["machine"]
     note = f"{machine(of, 'triton')}; {_code(of)}. The copy that sets the floor moves {bandwidth:.2f} TB/s."
     return f"{table(head, lines)}\n\n{note}"
+
+
+def _steps(rows: Rows, state: str) -> Rows:
+    """Those of Qwen3.5-4B's heads and states of a dtype."""
+    kind = {"family": "qwen3_5", "HV": 32, "state": state}
+    return [row for row in rows if kind.items() <= row.items()]
+
+
+def _of_floor(rows: Rows, batch: int) -> str:
+    found = [(row["graph_us"]["ours"], row["floor_us"]) for row in rows if row["batch"] == batch]
+    return "".join(f"{amount(us)} ({times(us / floor)})" for us, floor in found)
 
 
 def _over(times_us: dict[str, float], name: str) -> str:

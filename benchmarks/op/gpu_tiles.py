@@ -22,22 +22,20 @@ from qwen_fastdecode.ops.triton.launch import decode_triton
 from qwen_fastdecode.ops.triton.tiles import Tile
 
 
-def workloads(dry_run: bool) -> list[Workload]:
+def workloads(state: str, dry_run: bool) -> list[Workload]:
+    dtype = getattr(torch, state)
     if dry_run:
-        return [Workload(B, 4, HK=2, D=16) for B in (1, 2)]
-    return [
-        *(Workload(B, 32) for B in (1, 8, 32, 64, 256)),
-        *(Workload(B, HV) for HV in (16, 48, 64) for B in (1, 256)),
-        *(Workload(B, 32, state_dtype=torch.bfloat16) for B in (1, 256)),
-    ]
+        return [Workload(B, 4, HK=2, D=16, state_dtype=dtype) for B in (1, 2)]
+    sizes = [*((B, 32) for B in (1, 8, 32, 64, 128, 256, 512)), *((B, HV) for HV in (16, 48, 64) for B in (1, 64, 256))]
+    return [Workload(B, HV, state_dtype=dtype) for B, HV in sizes]
 
 
 def measure(w: Workload, device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
     """A row for the table's tile and each candidate: microseconds a layer, and how many times the floor that is."""
     stack = Stack(w, how_many_layers(w, device), device)
     floor = 1e6 * 2 * w.state_bytes / bandwidth
-    rows = []
-    for tile in (None, *tiles.candidates(w.D, w.HV // w.HK, clusters_reason(device) is None)):
+    rows, state = [], str(w.state_dtype).removeprefix("torch.")
+    for tile in (None, *tiles.candidates(w.D, w.HV // w.HK, clusters_reason(device) is None, state)):
         row = {**w.label(), "tile": shown(tile), "floor_us": floor, "layers": len(stack.layers)}
         try:
             us = _time(stack, tile, device)
@@ -57,9 +55,8 @@ def _time(stack: Stack, tile: Tile | None, device: torch.device) -> float:
     return device_us(replay, device) / len(steps)
 
 
-def measure_grid(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
+def measure_grid(w: Workload, device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
     """The shipped tile at a large batch, on grids of other sizes."""
-    w = workloads(dry_run)[-1] if dry_run else Workload(512, 32)
     stack = Stack(w, 2 if dry_run else 8, device)
     rows, shipped = [], gpu.PROGRAMS_PER_SM
     for programs in (4, 8, 16, 32, 64, 1 << 20):
@@ -76,17 +73,20 @@ def measure_grid(device: torch.device, dry_run: bool) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="benchmarks/results/latest", help="folder for the JSON")
+    parser.add_argument("--state", choices=tiles.STATES, help="of the recurrent states (default: every dtype in turn)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.dry_run else "cuda")
     bandwidth = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
-    todo = workloads(arguments.dry_run)
+    states = [arguments.state] if arguments.state else tiles.STATES
+    todo = [w for state in states for w in workloads(state, arguments.dry_run)]
+    largest = max(todo, key=lambda w: w.B)
     with torch.no_grad():
         for w in progress(todo, "tiles", len(todo)):
             rows += measure(w, device, bandwidth)
             write_section(arguments.out, "tiles", {"copy_bandwidth": bandwidth, "rows": rows})
-        grid = measure_grid(device, arguments.dry_run)
+        grid = measure_grid(largest, device, arguments.dry_run)
     write_section(arguments.out, "tiles", {"copy_bandwidth": bandwidth, "rows": rows, "grid": grid})
     print("grid, programs a multiprocessor: " + "  ".join(f"{r['programs_per_sm']}: {r['us']:.1f}us" for r in grid))
     wrong = [row for row in rows if "error" in row]

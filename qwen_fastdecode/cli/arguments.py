@@ -147,6 +147,7 @@ def _add_tune(subparsers: Any) -> None:
     add("--key-heads", metavar="N", type=int, default=16, help="key heads of a layer (default: 16)")
     add("--value-heads", metavar="N", type=int, default=32, help="value heads of a layer (default: 32)")
     add("--head-dim", metavar="N", type=int, default=128, help="size of a head (default: 128)")
+    add("--state-dtype", choices=STATE_DTYPES, default="float32", help="of the recurrent states (default: float32)")
 
 
 def _command(module: str) -> Callable[[argparse.Namespace], int]:

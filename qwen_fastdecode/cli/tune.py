@@ -37,6 +37,7 @@ class Heads(NamedTuple):
     HK: int
     R: int
     D: int
+    state: str = "float32"  # the dtype of its recurrent states
 
 
 class Measured(NamedTuple):
@@ -55,16 +56,14 @@ def tune(
     batches: Sequence[int],
     on_tile: Callable[[str], None] = lambda _: None,
 ) -> list[Measured]:
-    """Times every candidate at every batch (bfloat16 activations, float32 state); `on_tile` hears of each.
+    """Times every candidate at every batch (bfloat16 activations); `on_tile` hears of each.
 
     Raises RuntimeError where a tile's result is not the PyTorch backend's.
     """
-    from ..ops.triton.launch import table_tile
-
     found = []
     for batch in batches:
         layers = _random_layers(batch, heads, device)
-        shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
+        shipped = _table_tile(device, batch, heads)
         times: dict[Tile, float] = {}
         for tile in candidates(device, batch, heads):
             on_tile(f"batch {batch}: {tiles.in_words(tile)}")
@@ -79,20 +78,32 @@ def tune(
 def candidates(device: torch.device, batch: int, heads: Heads) -> list[Tile]:
     """What is measured for a batch: the tiles worth it, and the table's own."""
     from ..ops.triton.clusters import clusters_reason
-    from ..ops.triton.launch import table_tile
 
     clusters = clusters_reason(device) is None
-    shipped = table_tile(device, batch * heads.HK, heads.D, value_heads=heads.R)
-    return list(dict.fromkeys([shipped, *tiles.candidates(heads.D, heads.R, clusters)]))
+    found = tiles.candidates(heads.D, heads.R, clusters, heads.state)
+    return list(dict.fromkeys([_table_tile(device, batch, heads), *found]))
+
+
+def _table_tile(device: torch.device, batch: int, heads: Heads) -> Tile:
+    from ..ops.triton.launch import table_tile
+
+    return table_tile(device, batch * heads.HK, heads.D, getattr(torch, heads.state), heads.R)
 
 
 def save(device_name: str, heads: Heads, found: list[Measured]) -> None:
-    """Puts the winners for one kind of GPU into the user's table; each serves up to halfway to the next batch."""
+    """Puts the winners for one kind of GPU and dtype of states into the user's table, beside those of others.
+
+    Each serves up to halfway to the next batch.
+    """
     works = [m.batch * heads.HK for m in found]
     limits = [*(round((work * following) ** 0.5) for work, following in pairwise(works)), UNLIMITED]
-    rows = {**tiles.tuned(), device_name: [Row(limit, m.tile) for limit, m in zip(limits, found, strict=True)]}
+    tables = {state: dict(tiles.tuned(state)) for state in tiles.STATES}
+    tables[heads.state][device_name] = [Row(limit, m.tile) for limit, m in zip(limits, found, strict=True)]
     table = [
-        {"device": name, "max_work": row.max_work, **row.tile._asdict()} for name, kept in rows.items() for row in kept
+        {"device": name, "state": state, "max_work": row.max_work, **row.tile._asdict()}
+        for state, rows in tables.items()
+        for name, kept in rows.items()
+        for row in kept
     ]
     path = tiles.cache_file()
     if path is None:
@@ -106,8 +117,8 @@ def save(device_name: str, heads: Heads, found: list[Measured]) -> None:
 
 def _random_layers(batch: int, heads: Heads, device: torch.device) -> list[tuple[Tensor, ...]]:
     """The arguments of one step of several layers, in the op's order: as many as it takes to find no state cached."""
-    HK, R, D = heads
-    state_bytes = batch * HK * R * D * D * 4
+    HK, R, D, state = heads
+    state_bytes = batch * HK * R * D * D * getattr(torch, state).itemsize
     count = 2
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -117,8 +128,8 @@ def _random_layers(batch: int, heads: Heads, device: torch.device) -> list[tuple
 
 
 def random_layer(batch: int, heads: Heads, device: torch.device) -> tuple[Tensor, ...]:
-    """The arguments of a step in the op's order: bfloat16 but for the recurrent state, which is float32."""
-    HK, R, D = heads
+    """The arguments of a step in the op's order: bfloat16 but for the recurrent state."""
+    HK, R, D, state = heads
     C = (2 + R) * HK * D
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -126,7 +137,7 @@ def random_layer(batch: int, heads: Heads, device: torch.device) -> tuple[Tensor
 
     q, k, v = random(batch, C).unflatten(1, (-1, D)).split([HK, HK, HK * R], dim=1)
     z, b, a = random(batch, HK, R, D), random(batch, HK, R), random(batch, HK, R)
-    states = random(batch, C, 4), random(batch, HK * R, D, D, dtype=torch.float32)
+    states = random(batch, C, 4), random(batch, HK * R, D, D, dtype=getattr(torch, state))
     weights = random(C, 4), random(HK * R), random(HK * R), random(D)
     return q, k, v.unflatten(1, (HK, R)), z, b, a, *states, *weights
 
@@ -185,7 +196,10 @@ def run(args: argparse.Namespace) -> int:
             found = tune(device, heads, BATCHES, on_tile)
     name = device_name(device)
     save(name, heads, found)
-    print(f"{name}, {heads.HK} key heads, {heads.HK * heads.R} value heads of {heads.D}; microseconds a layer")
+    print(
+        f"{name}, {heads.HK} key heads, {heads.HK * heads.R} value heads of {heads.D}, "
+        f"{heads.state} states; microseconds a layer"
+    )
     for m in found:
         print(f"batch {m.batch:4}: {m.us:8.1f} with {tiles.in_words(m.tile)}")
         if m.tile != m.shipped:
@@ -216,4 +230,4 @@ def read_heads(args: argparse.Namespace) -> Heads:
     HK, HV, D = args.key_heads, args.value_heads, args.head_dim
     if HK < 1 or HV < HK or HV % HK or D < 1:
         raise BadInput(f"--value-heads {HV} is not a multiple of --key-heads {HK}, or a size is not positive")
-    return Heads(HK, HV // HK, D)
+    return Heads(HK, HV // HK, D, args.state_dtype)

@@ -84,6 +84,23 @@ def test_kept_tiles_serve_the_works_around_their_batch(cache: Path) -> None:
     assert tiles.lookup("sm_90", "Other", 10**9, 128).num_warps == 16
 
 
+def test_tiles_of_one_dtype_of_states_are_kept_beside_those_of_another(cache: Path) -> None:
+    floats, halves = Heads(16, 2, 128), Heads(16, 2, 128, "bfloat16")
+    for heads, warps in [(floats, 2), (halves, 4), (floats, 8)]:
+        tune.save("Mine", heads, [Measured(1, Tile(128, warps), 1.0, Tile(64, 4), 2.0)])
+    found = {state: tiles.lookup("sm_90", "Mine", 16, 128, state).num_warps for state in tiles.STATES}
+    assert found == {"float32": 8, "bfloat16": 4}
+
+
+def test_states_are_of_the_dtype_that_is_tuned_for() -> None:
+    args = command("--state-dtype", "bfloat16")
+    heads = tune.read_heads(args)
+    layer = tune.random_layer(1, heads._replace(HK=1, D=16), CPU)
+    assert [x.dtype for x in layer[6:8]] == [torch.bfloat16, torch.bfloat16]
+    (measured,) = tune.tune(CPU, Heads(1, 2, 16, "bfloat16"), (1,))
+    assert measured.us > 0
+
+
 def test_a_wrong_tile_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "decode_triton", lambda step, *_: torch.zeros(step.sources[0].shape[0], 32))
     with pytest.raises(RuntimeError, match="computes something else than the PyTorch backend on cpu"):

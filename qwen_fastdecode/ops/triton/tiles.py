@@ -18,6 +18,7 @@ else:
 
 
 CLUSTER = 8  # programs of a thread block cluster that every GPU with clusters runs at once
+STATES = ("float32", "bfloat16")  # dtypes of recurrent states that a row may be for
 WIDEST_CLUSTERED = 128  # columns of a head of 128 rows that four warps hold without spilling
 
 
@@ -108,8 +109,8 @@ def whole_head(DV: int) -> Tile:
     return Tile(power_of_two(DV), max(4, power_of_two(DV) // 16))
 
 
-def candidates(DV: int, value_heads: int = 1, clusters: bool = False) -> list[Tile]:
-    """Tiles worth measuring for value heads of DV columns: those that compile without spilling registers.
+def candidates(DV: int, value_heads: int = 1, clusters: bool = False, state: str = "float32") -> list[Tile]:
+    """Tiles worth measuring for value heads of DV columns and states of a dtype: those that keep all in registers.
 
     value_heads: of a key head. clusters: whether the GPU has them.
     """
@@ -122,6 +123,8 @@ def candidates(DV: int, value_heads: int = 1, clusters: bool = False) -> list[Ti
         (whole // 4, 2, 0),
         (whole // 4, 4, 96),
     ]
+    if state == "bfloat16":  # half the registers for the state: more programs fit, or narrower ones
+        shapes += [(whole // 2, 2, 200), (whole // 2, 4, 0), (whole // 4, 1, 0)]
     found = [Tile(max(width, 16), warps, stages, limit) for width, warps, limit in shapes for stages in (1, 2)]
     if not clusters or whole > WIDEST_CLUSTERED:
         return found
