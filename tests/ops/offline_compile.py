@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,7 @@ def pretend(arch: str) -> None:
     torch.version.hip = arch if hip else None
 
 
+@cache  # several rows of the table may have one tile
 def compile_for(arch: str, tile: Tile, T: int, state: torch.dtype = torch.float32, R: int = R) -> tuple[Any, int]:
     """The compiled kernel, specialised by Triton itself on the launcher's own arguments, and its programs a cluster."""
     pretend(arch)
@@ -92,6 +94,7 @@ def compile_deferred(arch: str, tile: DeferredTile) -> Any:
     return deferred_launch.decode_deferred.warmup(*tensors, *ring, out, *rest, grid=(1,), **options)
 
 
+@cache
 def read_nvidia(compiled: Any) -> dict[str, int]:
     """Counts in the machine code, by Triton's own cuobjdump."""
     tool = Path(triton.__path__[0], "backends", "nvidia", "bin", "cuobjdump")
